@@ -1,0 +1,37 @@
+"""The documents that stages take and return, as frozen pydantic models. Imports no torch."""
+
+from moeflow.schema.base import Document, Part
+from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Link
+from moeflow.schema.manifest import BlobLayout, ExpertLayer, Manifest, ModelFacts, PackedMatrix, Segment, Shard
+from moeflow.schema.plan import MemoryBudget, Plan, PlannedPrefetch, Prediction
+from moeflow.schema.profile import Cache, Memory, Prefetch, Profile
+from moeflow.schema.quantization import DenseScheme, HqqScheme, Quantization, Scheme
+
+__all__ = [
+    "BlobLayout",
+    "Cache",
+    "Cpu",
+    "DenseScheme",
+    "Disk",
+    "Document",
+    "ExpertLayer",
+    "Gpu",
+    "HardwareProfile",
+    "HqqScheme",
+    "Link",
+    "Manifest",
+    "Memory",
+    "MemoryBudget",
+    "ModelFacts",
+    "PackedMatrix",
+    "Part",
+    "Plan",
+    "PlannedPrefetch",
+    "Prediction",
+    "Prefetch",
+    "Profile",
+    "Quantization",
+    "Scheme",
+    "Segment",
+    "Shard",
+]

@@ -1,0 +1,26 @@
+"""Tells which kind of document a file holds, by the keys that only this kind has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moeflow.errors import DocumentError
+from moeflow.files import read_document
+from moeflow.schema.base import Document
+from moeflow.schema.hardware import HardwareProfile
+from moeflow.schema.manifest import Manifest
+from moeflow.schema.plan import Plan
+from moeflow.schema.profile import Profile
+
+__all__ = ["KINDS", "load_any"]
+
+KINDS: tuple[type[Document], ...] = (Profile, HardwareProfile, Plan, Manifest)
+
+
+def load_any(path: Path) -> Document:
+    """Read and validate a document of any kind: the kind that shares most keys with it is meant."""
+    data = read_document(path)
+    if not isinstance(data, dict):
+        raise DocumentError(f"{path}: a document is a mapping of keys, this is {type(data).__name__}")
+    kind = max(KINDS, key=lambda k: len(k.model_fields.keys() & data.keys()))
+    return kind.parse(data, str(path))

@@ -1,0 +1,130 @@
+"""What a packed model is: `manifest.json` in an artifact, written last, so that an artifact that has one is whole.
+
+It holds all that another reader needs: which byte of which file is which part of which matrix. Byte order is
+little-endian. The bytes are the same for the same checkpoint and settings, whenever and wherever packed.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moeflow.schema.base import Document, Part
+from moeflow.schema.quantization import Quantization, Scheme
+
+__all__ = ["Segment", "PackedMatrix", "BlobLayout", "ExpertLayer", "Shard", "ModelFacts", "Manifest"]
+
+Digest = str
+
+
+class Segment(Part):
+    """One plain array inside a blob or a resident tensor."""
+
+    part: Literal["words", "high", "scales", "dense"]
+    """words: packed integers; high: the third bit of 3-bit weights; scales: scale and zero pairs; dense: 16 or
+    32 bit numbers."""
+    dtype: Literal["int32", "float16", "bfloat16", "float32"]
+    shape: tuple[int, ...]
+    offset: int = Field(ge=0)
+    """Bytes from the start of the blob."""
+    nbytes: int = Field(ge=0)
+
+
+class PackedMatrix(Part):
+    """A matrix `[rows, columns]` that maps `columns` inputs to `rows` outputs, stored under `scheme`."""
+
+    name: str
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1)
+    scheme: Scheme
+    segments: tuple[Segment, ...]
+
+
+class BlobLayout(Part):
+    """Where the parts of one expert lie in its blob: gate and up first, then down."""
+
+    nbytes: int = Field(ge=1)
+    """Size of the blob, a multiple of the page size."""
+    matrices: tuple[PackedMatrix, ...]
+
+
+class ExpertLayer(Part):
+    """The experts of one MoE layer, in one shard, blob after blob."""
+
+    module: str
+    """The experts module in transformers' model, such as `model.layers.0.mlp.experts`."""
+    router: str
+    """The router module in transformers' model."""
+    experts: int = Field(ge=1)
+    layout: int = Field(ge=0)
+    """Index into `layouts`."""
+    shard: str
+    """File name in the artifact."""
+    data_offset: int
+    """Bytes from the start of the shard to the first blob, a multiple of the page size."""
+    digests: tuple[Digest, ...]
+    """SHA-256 of each blob."""
+    relative_error: float
+    """Norm of (dequantized - original) over norm of original, over all matrices of the layer."""
+
+
+class Shard(Part):
+    """A data file of the artifact."""
+
+    file: str
+    nbytes: int
+    sha256: Digest
+
+
+class ModelFacts(Part):
+    """What the planner must know of the model, so that it needs neither torch nor transformers."""
+
+    source: str
+    """The model as the profile named it."""
+    type: str
+    """transformers' model_type."""
+    source_digest: Digest
+    """SHA-256 over config and tensor headers of the checkpoint."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of the checkpoint."""
+    parameters: int
+    expert_parameters: int
+    top_k: int
+    kv_values_per_token: int
+    """Numbers that the KV cache holds for one token, over all layers."""
+    max_context: int
+    """Positions that the model was made for."""
+
+
+class Manifest(Document):
+    """A packed model."""
+
+    kind: ClassVar[str] = "manifest"
+
+    model: ModelFacts
+    quantization: Quantization
+    layouts: tuple[BlobLayout, ...]
+    layers: tuple[ExpertLayer, ...]
+    """MoE layers in the order of execution."""
+    resident_shard: str
+    """The file of everything that is always on the device."""
+    resident: tuple[PackedMatrix, ...]
+    """Resident matrices that are quantized, by parameter name; their segments are tensors `NAME.PART` of the
+    shard. Every other tensor of the shard is a parameter as it is."""
+    resident_error: float
+    """Relative error over the quantized resident matrices, as in `ExpertLayer`."""
+    resident_nbytes: int
+    """Data bytes of the resident shard."""
+    shards: tuple[Shard, ...]
+    files: dict[str, Digest]
+    """SHA-256 of config, tokenizer and other small files copied from the checkpoint."""
+
+    def layout_of(self, layer: int) -> BlobLayout:
+        """The blob layout of the `layer`-th MoE layer."""
+        return self.layouts[self.layers[layer].layout]
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of all blobs."""
+        return sum(self.layouts[layer.layout].nbytes * layer.experts for layer in self.layers)

@@ -1,0 +1,76 @@
+"""What the user asks for: one deployment of one model on one kind of machine, `profiles/NAME.yaml`.
+
+Everything but `model` has a default. `auto` is resolved by the planner into a new document, the plan; the
+profile itself is never changed.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from moeflow.schema.base import Document, Part
+from moeflow.schema.quantization import Quantization
+from moeflow.schema.units import Auto, AutoCount, AutoSize
+
+__all__ = ["Cache", "Prefetch", "Memory", "Profile", "Policy", "Predictor", "Strategy", "Dtype"]
+
+Policy = Literal["lru", "lfu"]
+Predictor = Literal["next-gate", "none"]
+Strategy = Literal["full", "no-prefetch", "no-cache", "naive"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Cache(Part):
+    """Experts kept on the device between tokens (paper, section 3.1)."""
+
+    policy: Policy = "lru"
+    """Who leaves when a slot is needed: least recently used, or least frequently used with ageing."""
+    experts_per_layer: AutoCount = "auto"
+    """k: slots per layer; auto takes what memory allows."""
+
+
+class Prefetch(Part):
+    """Loading of experts that a later layer will probably use (paper, section 3.2)."""
+
+    predictor: Predictor = "next-gate"
+    """next-gate applies the coming layer's router to this layer's hidden states."""
+    depth: AutoCount = "auto"
+    """How many layers ahead are guessed; auto is 1, 0 turns guessing off."""
+    experts: AutoCount = "auto"
+    """Experts guessed per layer; auto is the model's top-k."""
+
+
+class Memory(Part):
+    """Upper bounds; auto takes what the machine has, less a reserve."""
+
+    vram: AutoSize = "auto"
+    """Device memory. Without a GPU: host memory that stands for it (resident weights, KV cache, slots)."""
+    ram: AutoSize = "auto"
+    """Host memory for expert blobs."""
+    disk: AutoSize = "auto"
+    """Disk for blobs that do not fit `ram`; they are read when needed. 0 forbids it."""
+
+
+class Profile(Document):
+    """A deployment."""
+
+    kind: ClassVar[str] = "profile"
+
+    model: str = Field(min_length=1)
+    """Hub id, directory of a checkpoint, or `demo`, the model that ships with moeflow."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    hardware: str = "auto"
+    """A name in `hardware/`, a path, or auto: probe this machine."""
+    quantization: Quantization = Quantization()
+    cache: Cache = Cache()
+    prefetch: Prefetch = Prefetch()
+    memory: Memory = Memory()
+    context_length: int = Field(default=4096, ge=1)
+    """Tokens of prompt and answer together."""
+    dtype: Dtype | Auto = "auto"
+    """Of activations: auto is bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU."""
+    strategy: Strategy = "full"
+    """The paper's ablation: full; without guesses; without cache and guesses; naive, whole layers."""
