@@ -1,0 +1,1 @@
+"""Checkpoints in, packed models out, and packed models in again."""

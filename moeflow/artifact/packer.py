@@ -1,0 +1,242 @@
+"""The stages quantize and pack: a checkpoint in, an artifact out, one layer at a time.
+
+Each shard is quantized, written, and then recorded, in this order; the manifest is written when all shards
+are. A run that dies loses at most the shard it was at: the next run keeps every shard whose record says that
+it was made from the same bytes with the same settings. Nothing that varies from run to run is stored, so an
+interrupted and an uninterrupted run on the same kind of device give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeflow.artifact.checkpoint import Checkpoint
+from moeflow.artifact.layout import expert_layout, packed_matrix
+from moeflow.artifact.reader import MANIFEST
+from moeflow.artifact.records import Records
+from moeflow.artifact.shards import Written, write_experts, write_resident
+from moeflow.errors import CapacityError
+from moeflow.files import atomic_writer, sha256_file, storage_errors
+from moeflow.progress import Progress, silent
+from moeflow.schema import (
+    BlobLayout,
+    DenseScheme,
+    ExpertLayer,
+    Manifest,
+    ModelFacts,
+    PackedMatrix,
+    Quantization,
+    Shard,
+)
+from moeflow.schema.units import format_size
+
+__all__ = ["Packer"]
+
+RESIDENT_SHARD = "resident.safetensors"
+# Small files that make the artifact usable, and shareable, without the checkpoint.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+    "LICENSE*",
+)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One shard to be made."""
+
+    shard: str
+    title: str
+    key: str
+    nbytes: int
+    layer: int | None
+    """Position of its MoE layer; None for the resident shard."""
+
+
+class Packer:
+    """Packs one checkpoint under one quantization into one directory.
+
+    Raises:
+        DocumentError: a group size does not fit the model's dimensions.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source: str,
+        quantization: Quantization,
+        output: Path,
+        progress: Progress = silent,
+    ):
+        self.checkpoint = checkpoint
+        self.source = source
+        self.quantization = quantization
+        self.output = output
+        self.progress = progress
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.records = Records(output / ".moeflow")
+        shapes = dict.fromkeys((layer.hidden, layer.intermediate) for layer in checkpoint.layers)
+        self.layouts: dict[tuple[int, int], BlobLayout] = {
+            shape: expert_layout(*shape, quantization.experts, checkpoint.dtype) for shape in shapes
+        }
+        self.resident = {m.name: m for m in self._resident_matrices()}
+
+    def _resident_matrices(self) -> Iterator[PackedMatrix]:
+        """Layouts of the resident matrices that are quantized; each is a little blob of its own."""
+        scheme = self.quantization.attention
+        if isinstance(scheme, DenseScheme):
+            return
+        for name, stored in self.checkpoint.resident.items():
+            if self.checkpoint.family.is_attention(name):
+                rows, columns = self.checkpoint.tensors[stored].shape
+                yield packed_matrix(name, rows, columns, scheme, self.checkpoint.dtype)
+
+    def units(self) -> list[_Unit]:
+        """All shards, in the order in which they are made."""
+        layers = self.checkpoint.layers
+        width = len(str(len(layers) - 1))
+        units = []
+        for i, layer in enumerate(layers):
+            names = [name for expert in layer.experts for name in expert.values()]
+            layout = self.layouts[layer.hidden, layer.intermediate]
+            key = self._key(names, layout.model_dump(mode="json"))
+            nbytes = layout.nbytes * len(layer.experts)
+            units.append(_Unit(f"experts-{i:0{width}}.safetensors", f"layer {i + 1} of {len(layers)}", key, nbytes, i))
+        names = list(self.checkpoint.resident.values())
+        key = self._key(names, [m.model_dump(mode="json") for m in self.resident.values()])
+        nbytes = sum(self.checkpoint.tensors[n].nbytes for n in names)
+        return [*units, _Unit(RESIDENT_SHARD, "attention, embeddings, norms", key, nbytes, None)]
+
+    def _key(self, names: list[str], settings: Any) -> str:
+        """Equal keys: same stored bytes, same settings, same kind of device, so the same shard."""
+        content = [self.checkpoint.fingerprint(names), settings, self.device.type]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def finished(self) -> bool:
+        """Whether the output holds what `run` would write."""
+        done = (self.output / MANIFEST).is_file()
+        return done and all(self.records.load(unit.shard, unit.key) for unit in self.units())
+
+    def run(self) -> Manifest:
+        """Make what is missing and write the manifest.
+
+        Raises:
+            CapacityError: the disk has less room than the missing shards need.
+            StorageError: the directory cannot be written; shards already recorded are kept.
+        """
+        units = self.units()
+        missing = [unit for unit in units if not self.records.load(unit.shard, unit.key)]
+        total = sum(unit.nbytes for unit in missing)
+        self._check_disk(total)
+        with storage_errors(self.output / MANIFEST, "replace"):
+            (self.output / MANIFEST).unlink(missing_ok=True)
+        done = 0
+        for unit in missing:
+            self._make(unit, done, total)
+            done += unit.nbytes
+        manifest = self._manifest(units, self._copy_companions())
+        manifest.save(self.output / MANIFEST)
+        return manifest
+
+    def _check_disk(self, needed: int) -> None:
+        with storage_errors(self.output, "create"):
+            self.output.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.output).free
+        if needed > free:
+            raise CapacityError(
+                f"{self.output}: packing needs {format_size(needed)} more, the disk has {format_size(free)} free; "
+                "choose another output, or fewer bits"
+            )
+
+    def _make(self, unit: _Unit, done: int, total: int) -> None:
+        advance = self._advance(unit.title, done, total)
+        path = self.output / unit.shard
+        if unit.layer is None:
+            written = write_resident(path, self.checkpoint, self.resident, self.device, advance)
+        else:
+            layer = self.checkpoint.layers[unit.layer]
+            layout = self.layouts[layer.hidden, layer.intermediate]
+            written = write_experts(path, self.checkpoint, layer, layout, self.device, advance)
+        entry = self._layer_entry(unit.layer, written) if unit.layer is not None else None
+        note = entry.model_dump(mode="json") if entry else {"relative_error": written.relative_error}
+        self.records.save(unit.shard, unit.key, written.shard, note)
+
+    def _advance(self, title: str, done: int, total: int) -> Callable[[int], None]:
+        position = done
+        self.progress(title, done, total)
+
+        def advance(nbytes: int) -> None:
+            nonlocal position
+            position += nbytes
+            self.progress(title, position, total)
+
+        return advance
+
+    def _layer_entry(self, position: int, written: Written) -> ExpertLayer:
+        layer, family = self.checkpoint.layers[position], self.checkpoint.family
+        return ExpertLayer(
+            module=family.module.format(layer=layer.index),
+            router=family.router.format(layer=layer.index),
+            experts=len(layer.experts),
+            layout=list(self.layouts).index((layer.hidden, layer.intermediate)),
+            shard=written.shard.file,
+            data_offset=written.data_offset,
+            digests=written.digests,
+            relative_error=written.relative_error,
+        )
+
+    def _copy_companions(self) -> dict[str, str]:
+        found = {path for pattern in COMPANIONS for path in self.checkpoint.directory.glob(pattern) if path.is_file()}
+        digests = {}
+        for path in sorted(found):
+            with storage_errors(path, "read"):
+                content = path.read_bytes()
+            with atomic_writer(self.output / path.name) as stream:
+                stream.write(content)
+            digests[path.name] = sha256_file(self.output / path.name)
+        return digests
+
+    def _manifest(self, units: list[_Unit], files: dict[str, str]) -> Manifest:
+        records = [self.records.load(unit.shard, unit.key) for unit in units]
+        notes = [record["entry"] for record in records if record]
+        shards = [Shard.model_validate(record["shard"]) for record in records if record]
+        assert len(shards) == len(units), "every unit was recorded"
+        return Manifest(
+            model=self._facts(),
+            quantization=self.quantization,
+            layouts=tuple(self.layouts.values()),
+            layers=tuple(ExpertLayer.model_validate(note) for note in notes[:-1]),
+            resident_shard=RESIDENT_SHARD,
+            resident=tuple(self.resident.values()),
+            resident_error=notes[-1]["relative_error"],
+            resident_nbytes=shards[-1].nbytes,
+            shards=tuple(shards),
+            files=files,
+        )
+
+    def _facts(self) -> ModelFacts:
+        checkpoint = self.checkpoint
+        return ModelFacts(
+            source=self.source,
+            type=checkpoint.family.model_type,
+            source_digest=checkpoint.digest(),
+            dtype=checkpoint.dtype,
+            parameters=checkpoint.parameters(),
+            expert_parameters=checkpoint.parameters(experts_only=True),
+            top_k=checkpoint.top_k,
+            kv_values_per_token=checkpoint.family.kv_values_per_token(checkpoint.config),
+            max_context=checkpoint.max_context,
+        )

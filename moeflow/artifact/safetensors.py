@@ -1,0 +1,139 @@
+"""The safetensors container, read by header and written as a stream.
+
+The safetensors library writes whole dictionaries from memory and starts data wherever the header ends. An
+artifact wants the opposite: blobs written one at a time, data on a page boundary (the format allows the
+header to be padded with spaces), digests taken on the way. Any safetensors reader reads the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from moeflow.artifact.layout import PAGE
+from moeflow.errors import MoeflowError
+from moeflow.files import atomic_writer, storage_errors
+from moeflow.schema import Shard
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TensorInfo", "Header", "ShardWriter", "read_header", "read_tensor", "shard_writer"]
+
+ITEM = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "BOOL": 1, "F8_E4M3": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor's bytes are."""
+
+    file: Path
+    name: str
+    dtype: str
+    """In safetensors' names: F32, BF16, U8."""
+    shape: tuple[int, ...]
+    offset: int
+    """From the start of the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file."""
+
+    data_offset: int
+    tensors: dict[str, TensorInfo]
+
+
+def read_header(file: Path, error: type[MoeflowError]) -> Header:
+    """Read a file's header and check it against the file's size.
+
+    Raises:
+        MoeflowError: of the type `error`; the file is truncated, too long, or no safetensors at all.
+    """
+    with storage_errors(file, "read"), file.open("rb") as stream:
+        size = file.stat().st_size
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        if size < 8 or start > size:
+            raise error(f"{file}: truncated or not safetensors: its header needs {start} bytes, the file has {size}")
+        try:
+            entries = json.loads(stream.read(start - 8))
+            entries.pop("__metadata__", None)
+            tensors = {name: _info(file, name, entry, start) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+            raise error(f"{file}: not a safetensors file: its header cannot be parsed ({fault})") from fault
+    end = max((t.offset + t.nbytes for t in tensors.values()), default=start)
+    if end != size:
+        raise error(
+            f"{file}: {'truncated' if end > size else 'too long'}: its tensors need {end} bytes, the file has {size}"
+        )
+    return Header(start, tensors)
+
+
+def _info(file: Path, name: str, entry: dict[str, list[int]], start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    return TensorInfo(file, name, str(entry["dtype"]), tuple(entry["shape"]), start + begin, end - begin)
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """Load one tensor into host memory."""
+    from safetensors import safe_open
+
+    with storage_errors(info.file, "read"), safe_open(info.file, framework="pt") as reader:
+        tensor: torch.Tensor = reader.get_tensor(info.name)
+    return tensor
+
+
+class ShardWriter:
+    """Takes the tensors of a shard in the order of its header and digests them."""
+
+    def __init__(self, stream: IO[bytes], path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]]):
+        self._stream = stream
+        self._path = path
+        self._sizes = [prod(shape) * ITEM[dtype] for _, dtype, shape in entries]
+        self._file_digest = hashlib.sha256()
+        self.digests: list[str] = []
+        header = _header_bytes(entries, self._sizes)
+        self.data_offset = len(header)
+        self._put(header)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file_digest.update(data)
+        self._stream.write(data)
+
+    def write(self, data: memoryview) -> None:
+        """Append the next tensor's bytes."""
+        expected = self._sizes[len(self.digests)]
+        assert data.nbytes == expected, f"tensor {len(self.digests)}: {data.nbytes} bytes, header says {expected}"
+        self.digests.append(hashlib.sha256(data).hexdigest())
+        self._put(data)
+
+    def shard(self) -> Shard:
+        """The finished file's entry for the manifest."""
+        assert len(self.digests) == len(self._sizes), "the header promises more tensors"
+        nbytes = self.data_offset + sum(self._sizes)
+        return Shard(file=self._path.name, nbytes=nbytes, sha256=self._file_digest.hexdigest())
+
+
+@contextlib.contextmanager
+def shard_writer(path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> Iterator[ShardWriter]:
+    """Write a shard of `(name, dtype, shape)` entries; the file appears whole when the block ends, or not at all."""
+    with atomic_writer(path) as stream:
+        yield ShardWriter(stream, path, entries)
+
+
+def _header_bytes(entries: Sequence[tuple[str, str, tuple[int, ...]]], sizes: Sequence[int]) -> bytes:
+    """Length and JSON, padded with spaces so that data starts on a page."""
+    table, offset = {}, 0
+    for (name, dtype, shape), size in zip(entries, sizes, strict=True):
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    padded = -(-(8 + len(text)) // PAGE) * PAGE - 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)
