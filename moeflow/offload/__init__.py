@@ -1,0 +1,1 @@
+"""Moving experts between disk, host memory and device, and deciding which to keep."""

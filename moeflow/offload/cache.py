@@ -1,0 +1,174 @@
+"""The expert cache: k slots per layer, and buffers in which copies land.
+
+Every copy, on demand or on a guess, lands in a free buffer. When its expert is used, the buffer becomes a slot
+of the layer, and the buffer of whoever the policy evicts becomes free: nothing is copied twice, a guess never
+evicts a cached expert (paper, section 3.2), and two experts of one step cannot evict each other before both
+were computed. Experts that were guessed and not used stay until their buffer is needed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeflow.errors import CapacityError
+from moeflow.offload.link import Link, Ticket
+from moeflow.offload.policy import CachePolicy, make_policy
+from moeflow.offload.traffic import Traffic
+from moeflow.schema import Manifest, Plan
+from moeflow.schema.units import format_size
+
+__all__ = ["ExpertCache"]
+
+
+class _Pool:
+    """Buffers of one size on the device."""
+
+    def __init__(self, count: int, nbytes: int, device: torch.device):
+        try:
+            self.memory = torch.empty(count, nbytes, dtype=torch.uint8, device=device)  # [buffers, blob bytes]
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{format_size(count * nbytes)} of device memory for {count} expert slots refused; lower "
+                "cache.experts_per_layer or context_length, or plan anew with less memory.vram"
+            ) from error
+        self.free = deque(range(count))
+
+
+@dataclass
+class _Landing:
+    """A copy that was started and whose expert has not been used yet."""
+
+    buffer: int
+    ticket: Ticket
+
+
+@dataclass
+class _Layer:
+    policy: CachePolicy
+    pool: _Pool
+    nbytes: int
+    slots: dict[int, int] = field(default_factory=dict)
+    """Expert -> buffer, of the experts that the policy keeps."""
+    landings: dict[int, _Landing] = field(default_factory=dict)
+
+
+class ExpertCache:
+    """Serves experts from slots, and fetches what is missing."""
+
+    def __init__(self, manifest: Manifest, plan: Plan, link: Link, device: torch.device, traffic: Traffic):
+        self._link = link
+        self._traffic = traffic
+        self._guesses: deque[tuple[int, int]] = deque()  # (layer, expert) not used yet, oldest first
+        slots = dict.fromkeys(range(len(manifest.layouts)), plan.staging_slots)
+        for entry, count in zip(manifest.layers, plan.cache_slots, strict=True):
+            slots[entry.layout] += count
+        pools = {i: _Pool(count, manifest.layouts[i].nbytes, device) for i, count in slots.items()}
+        self._layers = [
+            _Layer(make_policy(plan.policy, count), pools[entry.layout], manifest.layouts[entry.layout].nbytes)
+            for entry, count in zip(manifest.layers, plan.cache_slots, strict=True)
+        ]
+
+    def fetch(
+        self, layer: int, needed: Sequence[int], guesses: Iterable[tuple[int, int]] = ()
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield every needed expert once with its blob on the device; resident ones come first.
+
+        The blob is valid until the iterator is advanced. The iterator must be exhausted.
+
+        Args:
+            layer: position among the MoE layers.
+            needed: distinct expert ids.
+            guesses: `(layer, expert)` to fetch once all that is needed is under way.
+        """
+        state = self._layers[layer]
+        hits = [e for e in needed if e in state.slots]
+        landed = [e for e in needed if e in state.landings]
+        waiting = deque(e for e in needed if e not in state.slots and e not in state.landings)
+        self._traffic.hits += len(hits)
+        self._traffic.guesses_used += len(landed)
+        self._traffic.misses += len(waiting)
+        arriving = deque(landed)
+        for expert in landed:
+            self._guesses.remove((layer, expert))  # from now on nobody may take its buffer
+        pending = deque(guesses)
+        self._start(layer, waiting, arriving)
+        if not waiting:
+            self._start_guesses(pending)
+        for expert in hits:
+            state.policy.touch(expert)
+            yield expert, state.pool.memory[state.slots[expert]]
+        while arriving:
+            expert = arriving.popleft()
+            landing = state.landings[expert]
+            landing.ticket.wait()
+            yield expert, state.pool.memory[landing.buffer]
+            del state.landings[expert]
+            self._keep(state, expert, landing.buffer)
+            self._start(layer, waiting, arriving)
+            if not waiting:
+                self._start_guesses(pending)
+
+    def resident(self, layer: int) -> dict[int, Tensor]:
+        """The cached experts of a layer and their blobs."""
+        state = self._layers[layer]
+        return {expert: state.pool.memory[buffer] for expert, buffer in state.slots.items()}
+
+    def warm(self, layer: int, recent: Sequence[tuple[int, Tensor]]) -> None:
+        """After prefill: keep the experts used last (last one last), copying blobs that lie elsewhere on the device."""
+        state = self._layers[layer]
+        for expert, blob in recent:
+            if expert in state.slots:
+                state.policy.touch(expert)
+            elif state.policy.capacity and expert not in state.landings and state.pool.free:
+                buffer = state.pool.free.popleft()
+                state.pool.memory[buffer].copy_(blob)
+                self._keep(state, expert, buffer)
+
+    def _keep(self, state: _Layer, expert: int, buffer: int) -> None:
+        state.slots[expert] = buffer
+        victim = state.policy.admit(expert)
+        if victim is not None:
+            state.pool.free.append(state.slots.pop(victim))
+
+    def _start(self, layer: int, waiting: deque[int], arriving: deque[int]) -> None:
+        """Start copies for as many waiting experts as there are buffers."""
+        state = self._layers[layer]
+        while waiting and (buffer := self._take(state)) is not None:
+            expert = waiting.popleft()
+            ticket = self._link.fetch(layer, expert, state.pool.memory[buffer])
+            state.landings[expert] = _Landing(buffer, ticket)
+            arriving.append(expert)
+            self._traffic.missed_bytes += state.nbytes
+
+    def _start_guesses(self, pending: deque[tuple[int, int]]) -> None:
+        """Start copies on guesses for as many as there are buffers; the others stay pending."""
+        while pending:
+            layer, expert = pending[0]
+            state = self._layers[layer]
+            if expert not in state.slots and expert not in state.landings:
+                buffer = self._take(state)
+                if buffer is None:
+                    return
+                ticket = self._link.fetch(layer, expert, state.pool.memory[buffer])
+                state.landings[expert] = _Landing(buffer, ticket)
+                self._guesses.append((layer, expert))
+                self._traffic.guesses += 1
+                self._traffic.guessed_bytes += state.nbytes
+            pending.popleft()
+
+    def _take(self, state: _Layer) -> int | None:
+        """A free buffer, if need be that of the oldest guess that nobody used."""
+        if state.pool.free:
+            return state.pool.free.popleft()
+        for position, (layer, expert) in enumerate(self._guesses):
+            if self._layers[layer].pool is state.pool:
+                landing = self._layers[layer].landings.pop(expert)
+                landing.ticket.settle()
+                del self._guesses[position]
+                return landing.buffer
+        return None

@@ -1,0 +1,148 @@
+"""The way from host to device: copies that run beside computation.
+
+Copies are carried out in the order in which they are asked for. On CUDA they run on their own stream; without
+a GPU a worker thread copies from host memory to the slots that stand for the device's. Blobs on disk are read
+by the worker in both cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moeflow.offload.store import HostStore
+
+__all__ = ["Ticket", "Link", "CpuLink", "CudaLink", "make_link"]
+
+
+class Ticket(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> None:
+        """Make all computation that is issued after this call see the copied bytes."""
+
+    def settle(self) -> None:
+        """Return once the target may be given to another copy."""
+
+
+class Link(Protocol):
+    """Brings blobs to the device."""
+
+    def fetch(self, layer: int, expert: int, target: Tensor) -> Ticket:
+        """Start copying a blob to `target`, device memory of its size, after all computation issued so far."""
+
+    def close(self) -> None:
+        """Wait for what is under way and release threads."""
+
+
+class _ThreadTicket:
+    def __init__(self, future: Future[None]):
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
+
+    def settle(self) -> None:
+        """Nothing to do: the one worker keeps the order of copies."""
+
+
+class CpuLink:
+    """Memory to memory by one worker thread."""
+
+    def __init__(self, store: HostStore):
+        self._store = store
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="moeflow-link")
+
+    def fetch(self, layer: int, expert: int, target: Tensor) -> Ticket:
+        """Start copying a blob."""
+        return _ThreadTicket(self._worker.submit(self._copy, layer, expert, target))
+
+    def _copy(self, layer: int, expert: int, target: Tensor) -> None:
+        if self._store.in_ram(layer, expert):
+            target.copy_(self._store.view(layer, expert))
+        else:
+            self._store.read(layer, expert, target)
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for the rest."""
+        self._worker.shutdown(cancel_futures=True)
+
+
+class _CudaTicket:
+    def __init__(self, event: torch.cuda.Event):
+        self._event = event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._event)
+
+    def settle(self) -> None:
+        """Nothing to do: the copy stream keeps the order of copies."""
+
+
+class _DiskTicket:
+    def __init__(self, future: Future[torch.cuda.Event]):
+        self._future = future
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._future.result())
+
+    def settle(self) -> None:
+        self._future.result()  # until then the copy is not in the stream's order
+
+
+class CudaLink:
+    """Copies by the GPU's copy engine, on a stream of their own."""
+
+    def __init__(self, store: HostStore, device: torch.device):
+        self._store = store
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="moeflow-disk")
+        self._bounce: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def fetch(self, layer: int, expert: int, target: Tensor) -> Ticket:
+        """Start copying a blob."""
+        computed = torch.cuda.Event()
+        computed.record(torch.cuda.current_stream(self._device))
+        if self._store.in_ram(layer, expert):
+            return _CudaTicket(self._copy(self._store.view(layer, expert), target, computed))
+        return _DiskTicket(self._worker.submit(self._read_and_copy, layer, expert, target, computed))
+
+    def _copy(self, source: Tensor, target: Tensor, computed: torch.cuda.Event) -> torch.cuda.Event:
+        self._stream.wait_event(computed)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return copied
+
+    def _read_and_copy(self, layer: int, expert: int, target: Tensor, computed: torch.cuda.Event) -> torch.cuda.Event:
+        buffer = self._free_bounce(target.nbytes)
+        self._store.read(layer, expert, buffer)
+        copied = self._copy(buffer, target, computed)
+        self._bounce.append((buffer, copied))
+        return copied
+
+    def _free_bounce(self, nbytes: int) -> Tensor:
+        """A page-locked buffer whose last copy is over; two are enough to read while the other is copied."""
+        fitting = [pair for pair in self._bounce if pair[0].nbytes == nbytes]
+        if len(fitting) < 2:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._store.pinned)
+        self._bounce.remove(fitting[0])
+        fitting[0][1].synchronize()
+        return fitting[0][0]
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for the rest."""
+        self._worker.shutdown(cancel_futures=True)
+        self._stream.synchronize()
+
+
+def make_link(store: HostStore, device: torch.device) -> Link:
+    """The link to `device`."""
+    makers: dict[str, Callable[[], Link]] = {"cpu": lambda: CpuLink(store), "cuda": lambda: CudaLink(store, device)}
+    return makers[device.type]()

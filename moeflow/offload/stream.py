@@ -1,0 +1,61 @@
+"""Whole layers through two buffers: for prefill, where nearly every expert is needed, and for the naive strategy.
+
+While a layer computes, the next one's experts are on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moeflow.offload.link import Link, Ticket
+from moeflow.offload.traffic import Traffic
+from moeflow.schema import Manifest
+
+__all__ = ["LayerStream"]
+
+
+class LayerStream:
+    """Two buffers, each of which holds all experts of any one layer."""
+
+    def __init__(self, manifest: Manifest, link: Link, device: torch.device, traffic: Traffic):
+        self._manifest = manifest
+        self._link = link
+        self._traffic = traffic
+        nbytes = max(manifest.layout_of(i).nbytes * entry.experts for i, entry in enumerate(manifest.layers))
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._begun: list[tuple[int | None, dict[int, Ticket]]] = [(None, {}), (None, {})]  # layer, expert -> copy
+
+    def begin(self, layer: int, skip: Mapping[int, Tensor]) -> None:
+        """Start copying the layer's experts, but those in `skip` and those under way already."""
+        held, tickets = self._begun[layer % 2]
+        if held != layer:
+            tickets = {}
+            self._begun[layer % 2] = (layer, tickets)
+        for expert in range(self._manifest.layers[layer].experts):
+            if expert not in skip and expert not in tickets:
+                blob = self.blob(layer, expert)
+                tickets[expert] = self._link.fetch(layer, expert, blob)
+                self._traffic.streamed_bytes += blob.nbytes
+
+    def blob(self, layer: int, expert: int) -> Tensor:
+        """Where an expert of `layer` lies in its buffer."""
+        nbytes = self._manifest.layout_of(layer).nbytes
+        return self._buffers[layer % 2][expert * nbytes : (expert + 1) * nbytes]
+
+    def take(self, layer: int, needed: Sequence[int], cached: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield every needed expert with its blob: from `cached` where it is there, else from the buffer.
+
+        After this the layer's buffer belongs to the layer after next.
+        """
+        self.begin(layer, cached)
+        _, tickets = self._begun[layer % 2]
+        for expert in needed:
+            if expert in tickets:
+                tickets[expert].wait()
+                yield expert, self.blob(layer, expert)
+            else:
+                yield expert, cached[expert]
+        self._begun[layer % 2] = (None, {})
