@@ -1,0 +1,257 @@
+"""The stage generate: an artifact and a plan in, logits and text out.
+
+This is the host-driven path: Python reads the router's choice of every layer, fetches through the cache, and
+computes. It runs on any device, the CPU included, where slots in host memory stand for a GPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from moeflow.artifact.reader import Artifact
+from moeflow.errors import DeviceError, UsageError
+from moeflow.generation import Generation, Sampler, Statistics, TokenStream
+from moeflow.model.build import build_model
+from moeflow.model.experts import ExpertRunner
+from moeflow.offload.cache import ExpertCache
+from moeflow.offload.link import make_link
+from moeflow.offload.store import HostStore
+from moeflow.offload.stream import LayerStream
+from moeflow.offload.traffic import Traffic
+from moeflow.planning.planner import PREFILL_CHUNK
+from moeflow.progress import Progress, silent
+from moeflow.schema import Plan
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """A loaded model. Use as a context manager, or call `close`.
+
+    Raises:
+        ArtifactError: a file is damaged.
+        CapacityError: memory was refused.
+        DeviceError: the plan is for CUDA and there is none.
+    """
+
+    def __init__(self, artifact: Artifact, plan: Plan, progress: Progress = silent):
+        self.artifact = artifact
+        self.plan = plan
+        self.traffic = Traffic()
+        self.stats = Statistics()
+        """Of the last generation."""
+        self.device = _device(plan)
+        manifest = artifact.manifest
+        self._store = HostStore(artifact, plan.ram_experts, pin=plan.device == "cuda", progress=progress)
+        self._link = make_link(self._store, self.device)
+        cache = ExpertCache(manifest, plan, self._link, self.device, self.traffic)
+        stream = LayerStream(manifest, self._link, self.device, self.traffic) if plan.stream_layers else None
+        runner = ExpertRunner(manifest, plan, cache, stream, getattr(torch, plan.dtype))
+        self._model: Any = build_model(artifact, plan, runner, self.device)
+
+    # -- tokens and logits --------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the model."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.artifact.directory)
+
+    def new_cache(self) -> Any:
+        """An empty KV cache for `forward`."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._model.config)
+
+    @torch.inference_mode()
+    def forward(self, ids: Sequence[int], cache: Any, last: int = 0) -> Tensor:
+        """Run tokens that follow those in `cache`, and append them to it.
+
+        Args:
+            ids: token ids.
+            cache: from `new_cache`.
+            last: how many positions to give logits for; 0 is all.
+
+        Returns:
+            Logits [T, V], or of the last positions, on the engine's device.
+        """
+        self._check_open()
+        inputs = torch.tensor([list(ids)], device=self.device)
+        logits: Tensor = self._model(
+            input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=last
+        ).logits
+        return logits[0]
+
+    def prefill(self, ids: Sequence[int], cache: Any) -> Tensor:
+        """Run a prompt in chunks; returns the logits [V] after its last token."""
+        logits = None
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            logits = self.forward(ids[start : start + PREFILL_CHUNK], cache, last=1)
+        assert logits is not None, "an empty prompt is refused before"
+        return logits[-1]
+
+    def logits(self, text_or_ids: str | Sequence[int], chunk: int = PREFILL_CHUNK) -> Tensor:
+        """Teacher-forced logits: row t is the prediction after token t.
+
+        Args:
+            text_or_ids: text, or token ids.
+            chunk: tokens run at once; 1 takes the path that decoding takes.
+
+        Returns:
+            float32 [T, V] in host memory.
+        """
+        ids = self._ids(text_or_ids, room=0)
+        cache = self.new_cache()
+        rows = [self.forward(ids[i : i + chunk], cache).float().cpu() for i in range(0, len(ids), chunk)]
+        return torch.cat(rows)
+
+    # -- text ---------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        text_or_ids: str | Sequence[int],
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Yield the answer piece by piece; `stats` is complete when it ends.
+
+        Arguments are those of `generate`.
+        """
+        from tokenizers.decoders import DecodeStream
+
+        tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed)
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in tokens:
+            piece = decoder.step(self.tokenizer.backend_tokenizer, token)
+            if piece:
+                yield piece
+
+    def generate(
+        self,
+        text_or_ids: str | Sequence[int],
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Generation:
+        """Continue a prompt.
+
+        Args:
+            text_or_ids: the prompt, as text or token ids.
+            max_new_tokens: upper bound; the model's end-of-text token stops earlier.
+            temperature: 0 is greedy; None takes the model's own default, as for `top_k` and `top_p`.
+            top_k: sample among the k likeliest.
+            top_p: sample among the likeliest that together have this probability.
+            seed: makes sampling repeatable.
+
+        Raises:
+            UsageError: prompt and answer do not fit the context length, or a setting is out of range.
+        """
+        tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed)
+        ids = tuple(tokens)
+        return Generation(self.tokenizer.decode(ids, skip_special_tokens=True), ids, tokens.stats)
+
+    def _tokens(
+        self,
+        text_or_ids: str | Sequence[int],
+        max_new_tokens: int,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int | None,
+    ) -> TokenStream:
+        defaults = self._generation_config
+        if temperature is None:
+            temperature = (defaults.temperature or 1.0) if defaults.do_sample else 0.0
+        sampler = Sampler(
+            temperature,
+            defaults.top_k if top_k is None and defaults.do_sample else top_k,
+            defaults.top_p if top_p is None and defaults.do_sample else top_p,
+            seed,
+        )
+        ids = self._ids(text_or_ids, room=max_new_tokens)
+        stream = TokenStream(self, ids, max_new_tokens, sampler, self._stop_ids)
+        self.stats = stream.stats
+        return stream
+
+    @cached_property
+    def _generation_config(self) -> Any:
+        from transformers import GenerationConfig
+
+        try:
+            return GenerationConfig.from_pretrained(self.artifact.directory)
+        except OSError:  # the file is optional
+            return GenerationConfig.from_model_config(self._model.config)
+
+    @cached_property
+    def _stop_ids(self) -> set[int]:
+        stop = self._generation_config.eos_token_id
+        return set(stop) if isinstance(stop, list) else {stop} - {None}
+
+    def _ids(self, text_or_ids: str | Sequence[int], room: int) -> list[int]:
+        is_text = isinstance(text_or_ids, str)
+        ids = [int(i) for i in (self.tokenizer(text_or_ids)["input_ids"] if is_text else text_or_ids)]
+        if not ids:
+            raise UsageError("the prompt is empty; give at least one token")
+        self._check_open()
+        vocabulary = self._model.config.get_text_config().vocab_size
+        if (bad := next((i for i in ids if not 0 <= i < vocabulary), None)) is not None:
+            raise UsageError(f"token id {bad} is outside the vocabulary of {vocabulary}")
+        if len(ids) + room > self.plan.context_length:
+            raise UsageError(
+                f"a prompt of {len(ids)} tokens and {room} new ones do not fit the context of "
+                f"{self.plan.context_length}; shorten it, or set context_length in the profile"
+            )
+        return ids
+
+    def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The prompt for a chat: by the model's template, or the messages as running text where it has none."""
+        if self.tokenizer.chat_template:
+            ids: list[int] = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+            return ids
+        return self._ids("\n".join(message["content"] for message in messages) + "\n", room=0)
+
+    def _check_open(self) -> None:
+        if self._model is None:
+            raise UsageError("the engine is closed; load the artifact again")
+
+    # -- life ---------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release memory and threads; calling it again does nothing."""
+        if self._model is not None:
+            self._link.close()
+            self._store.close()
+            self._model = None
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _device(plan: Plan) -> torch.device:
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"the plan is for CUDA ({plan.hardware}), and torch finds no CUDA device here; "
+            "plan for this machine with hardware=auto (`--hardware auto`)"
+        )
+    return torch.device(plan.device)

@@ -1,0 +1,136 @@
+"""From logits to text: sampling, stopping, streaming, and the statistics of a run.
+
+Sampling is done by transformers' own warpers on the CPU, so that a seed gives the same choice wherever the
+same logits were computed. It does not know how logits are computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moeflow.errors import UsageError
+from moeflow.offload.traffic import Traffic
+
+if TYPE_CHECKING:
+    from moeflow.engine import Engine
+
+__all__ = ["Generation", "Sampler", "Statistics", "TokenStream"]
+
+
+@dataclass
+class Statistics:
+    """What one generation took; filled as it goes."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    time_to_first_token: float = 0.0
+    """Seconds of prefill and the first choice."""
+    decode_seconds: float = 0.0
+    """Seconds for all tokens after the first."""
+    prefill: Traffic = field(default_factory=Traffic)
+    decode: Traffic = field(default_factory=Traffic)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed; 0 until there is a second token."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Over the link, per decoded token."""
+        return self.decode.moved_bytes / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, derived figures too, for `--json`."""
+        derived = {
+            "tokens_per_second": self.tokens_per_second,
+            "hit_rate": self.decode.hit_rate,
+            "bytes_per_token": self.bytes_per_token,
+        }
+        return {**asdict(self), **derived}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer. `str()` gives its text."""
+
+    text: str
+    ids: tuple[int, ...]
+    stats: Statistics
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Sampler:
+    """Chooses the next token: greedily at temperature 0, else by temperature, top-k and top-p."""
+
+    def __init__(
+        self, temperature: float, top_k: int | None = None, top_p: float | None = None, seed: int | None = None
+    ):
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        if temperature < 0:
+            raise UsageError(f"temperature is {temperature}; it is 0 (greedy) or more")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UsageError(f"top_p is {top_p}; it lies above 0 and is at most 1")
+        self.greedy = temperature == 0
+        self._warpers = LogitsProcessorList()
+        if not self.greedy and temperature != 1:
+            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            self._warpers.append(TopKLogitsWarper(top_k))
+        if top_p is not None and top_p < 1:
+            self._warpers.append(TopPLogitsWarper(top_p))
+        self._random = torch.Generator()
+        if seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """Choose from logits [V]."""
+        if self.greedy:
+            return int(logits.argmax())
+        scores = self._warpers(None, logits.float().cpu().unsqueeze(0))
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
+
+
+class TokenStream:
+    """One generation as an iterator over token ids; `stats` is complete when it ends."""
+
+    def __init__(self, engine: Engine, prompt: list[int], max_new_tokens: int, sampler: Sampler, stop: set[int]):
+        self.stats = Statistics(prompt_tokens=len(prompt))
+        self._engine = engine
+        self._prompt = prompt
+        self._max_new_tokens = max_new_tokens
+        self._sampler = sampler
+        self._stop = stop
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield ids as they are chosen, the stop token not included."""
+        if self._max_new_tokens < 1:
+            return
+        stats, traffic = self.stats, self._engine.traffic
+        begin, before = time.perf_counter(), traffic.copy()
+        cache = self._engine.new_cache()
+        token = self._sampler(self._engine.prefill(self._prompt, cache))
+        stats.time_to_first_token = time.perf_counter() - begin
+        stats.prefill = traffic.since(before)
+        begin, before = time.perf_counter(), traffic.copy()
+        while True:
+            stats.new_tokens += 1
+            stats.decode_seconds = time.perf_counter() - begin if stats.new_tokens > 1 else 0.0
+            stats.decode = traffic.since(before)
+            if token in self._stop:
+                return
+            yield token
+            if stats.new_tokens == self._max_new_tokens:
+                return
+            token = self._sampler(self._engine.forward([token], cache)[-1])

@@ -1,0 +1,1 @@
+"""transformers' models with moeflow's experts: built from an artifact, computed through the cache."""

@@ -1,0 +1,80 @@
+"""transformers' model from an artifact: everything but the experts on the device, the experts through a runner.
+
+The model is made on the meta device, so that no weight is ever allocated twice and no expert at all; resident
+parameters are then assigned from the artifact, and packed matrices take the place of their linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeflow.artifact.families import FAMILIES
+from moeflow.artifact.reader import Artifact
+from moeflow.errors import ArtifactError
+from moeflow.model.experts import IMPLEMENTATION, ExpertRunner, offloaded_experts
+from moeflow.model.linear import PackedLinear
+from moeflow.offload.predictor import NextGate
+from moeflow.schema import Plan
+
+__all__ = ["build_model"]
+
+
+def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner, device: torch.device) -> nn.Module:
+    """The causal language model of `artifact`, ready to run on `device`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_experts)
+    dtype = getattr(torch, plan.dtype)
+    config = AutoConfig.from_pretrained(artifact.directory)
+    with init_empty_weights(include_buffers=False):  # rotary tables are buffers that no checkpoint holds
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=IMPLEMENTATION)
+    for position, layer in enumerate(artifact.manifest.layers):
+        experts: Any = model.get_submodule(layer.module)
+        for name in list(dict(experts.named_parameters(recurse=False))):
+            delattr(experts, name)
+        experts.moeflow = (runner, position)
+    _assign_resident(model, artifact, dtype, device)
+    model.to(device)
+    if plan.prefetch.depth and plan.strategy == "full":
+        family = FAMILIES[artifact.manifest.model.type]
+        routers = [
+            _scores(model.get_submodule(layer.router), family.router_scores) for layer in artifact.manifest.layers
+        ]
+        runner.predictor = NextGate(routers, plan.prefetch.depth, plan.prefetch.experts)
+    return model.eval().requires_grad_(False)
+
+
+def _scores(router: nn.Module, result: int) -> Callable[[Tensor], Tensor]:
+    """A router's scores [T, E], whatever else it returns."""
+    return lambda hidden_states: router(hidden_states)[result]
+
+
+def _assign_resident(model: Any, artifact: Artifact, dtype: torch.dtype, device: torch.device) -> None:
+    from safetensors import safe_open
+
+    manifest = artifact.manifest
+    path = artifact.directory / manifest.resident_shard
+    artifact.resident_header()  # a truncated file is reported by us, with numbers
+    packed = {f"{m.name}.{s.part}" for m in manifest.resident for s in m.segments}
+    with safe_open(path, framework="pt") as reader:
+        dense = {n: reader.get_tensor(n).to(device, dtype) for n in reader.keys() if n not in packed}  # noqa: SIM118
+        for matrix in manifest.resident:
+            parts: dict[str, Tensor] = {
+                s.part: reader.get_tensor(f"{matrix.name}.{s.part}").to(device) for s in matrix.segments
+            }
+            name = matrix.name.removesuffix(".weight")
+            model.set_submodule(name, PackedLinear(matrix, parts, dense.pop(f"{name}.bias", None), dtype))
+    unexpected = model.load_state_dict(dense, strict=False, assign=True).unexpected_keys
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or unexpected:
+        raise ArtifactError(
+            f"{path}: does not fit transformers' {manifest.model.type}: missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]}; pack again with this version of transformers"
+        )

@@ -1,0 +1,134 @@
+"""The experts function that transformers calls in place of its own, and what it does: fetch, compute, sum.
+
+transformers hands over a layer's hidden states with the router's choice; this fetches the chosen experts
+through the cache, or streams whole layers when many tokens need most of them, and computes each on the tokens
+that chose it. Results are summed in the router's order, whatever order the experts arrived in, so that cache
+size, policy and guesses cannot change a single bit of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moeflow.artifact.matrix import dequantize, parts_of
+from moeflow.offload.cache import ExpertCache
+from moeflow.offload.predictor import NextGate
+from moeflow.offload.stream import LayerStream
+from moeflow.schema import BlobLayout, Manifest, Plan
+
+__all__ = ["ExpertRunner", "IMPLEMENTATION", "offloaded_experts"]
+
+IMPLEMENTATION = "moeflow"
+# Streaming moves all experts of a layer, fetching only those needed; with this many choices per expert a uniform
+# router touches 1 - exp(-2) = 86% of them.
+STREAM_CHOICES_PER_EXPERT = 2
+
+
+class ExpertRunner:
+    """Runs the experts of all layers; one per engine."""
+
+    def __init__(
+        self, manifest: Manifest, plan: Plan, cache: ExpertCache, stream: LayerStream | None, dtype: torch.dtype
+    ):
+        self.manifest = manifest
+        self.plan = plan
+        self.cache = cache
+        self.stream = stream
+        self.dtype = dtype
+        self.predictor: NextGate | None = None
+
+    def run(self, layer: int, module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            layer: position among the MoE layers.
+            module: transformers' experts module; gives the activation.
+            hidden_states: [T, H].
+            top_k_index: [T, K] expert ids.
+            weights: [T, K] of the router.
+
+        Returns:
+            [T, H] in the dtype of `hidden_states`.
+        """
+        tokens, top_k = top_k_index.shape
+        chosen, guesses = self._ids(layer, hidden_states, top_k_index)
+        groups = _Groups(chosen, top_k_index.device)
+        outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[1])  # [T * K, H]
+        flat_weights = weights.reshape(-1, 1)
+        layout = self.manifest.layout_of(layer)
+        for expert, blob in self._blobs(layer, groups.experts, chosen, guesses):
+            rows = groups.rows(expert)
+            result = self._expert(module, layout, blob, hidden_states[rows // top_k])
+            outputs[rows] = (result * flat_weights[rows]).to(outputs.dtype)
+        return outputs.view(tokens, top_k, -1).sum(dim=1)
+
+    def _ids(self, layer: int, hidden_states: Tensor, index: Tensor) -> tuple[list[int], list[tuple[int, int]]]:
+        """The chosen ids, flat, and guesses for later layers: one transfer from the device for both."""
+        if self.predictor is None or self._streams(layer, index.numel()):
+            return index.flatten().tolist(), []
+        guessed = self.predictor.guess(layer, hidden_states)
+        flat = torch.cat([index.flatten(), *(g.flatten() for g in guessed)]).tolist()
+        guesses: dict[tuple[int, int], None] = {}
+        start = index.numel()
+        for ahead, ids in enumerate(guessed, start=1):
+            guesses.update(dict.fromkeys((layer + ahead, e) for e in flat[start : start + ids.numel()]))
+            start += ids.numel()
+        return flat[: index.numel()], list(guesses)
+
+    def _streams(self, layer: int, choices: int) -> bool:
+        if self.stream is None:
+            return False
+        many = choices >= STREAM_CHOICES_PER_EXPERT * self.manifest.layers[layer].experts
+        return many or self.plan.strategy == "naive"
+
+    def _blobs(
+        self, layer: int, needed: Sequence[int], chosen: Sequence[int], guesses: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        if self.stream is None or not self._streams(layer, len(chosen)):
+            yield from self.cache.fetch(layer, needed, guesses)
+            return
+        cached = self.cache.resident(layer)
+        self.stream.begin(layer, cached)
+        if layer + 1 < len(self.manifest.layers):
+            self.stream.begin(layer + 1, self.cache.resident(layer + 1))
+        blobs = {}
+        for expert, blob in self.stream.take(layer, needed, cached):
+            blobs[expert] = blob
+            yield expert, blob
+        recent = list(dict.fromkeys(reversed(chosen)))[: self.plan.cache_slots[layer]]
+        self.cache.warm(layer, [(e, blobs[e]) for e in reversed(recent)])
+
+    def _expert(self, module: Any, layout: BlobLayout, blob: Tensor, x: Tensor) -> Tensor:
+        """One expert on its tokens x [t, H]."""
+        gate_up, down = (dequantize(m, parts_of(m, blob), self.dtype) for m in layout.matrices)
+        return functional.linear(module._apply_gate(functional.linear(x, gate_up)), down)
+
+
+class _Groups:
+    """Tokens by expert."""
+
+    def __init__(self, chosen: list[int], device: torch.device):
+        order = sorted(range(len(chosen)), key=chosen.__getitem__)  # stable: tokens stay in their order
+        self._order = torch.tensor(order, device=device)
+        self._ranges: dict[int, tuple[int, int]] = {}
+        for position, choice in enumerate(order):
+            begin, _ = self._ranges.get(chosen[choice], (position, position))
+            self._ranges[chosen[choice]] = (begin, position + 1)
+        self.experts = list(self._ranges)
+
+    def rows(self, expert: int) -> Tensor:
+        """Positions in the flattened choices [T * K] that fell on `expert`."""
+        begin, end = self._ranges[expert]
+        return self._order[begin:end]
+
+
+def offloaded_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Registered with transformers; finds the layer's runner on the module."""
+    runner, layer = module.moeflow
+    result: Tensor = runner.run(layer, module, hidden_states, top_k_index, top_k_weights)
+    return result

@@ -1,0 +1,1 @@
+"""From documents to a plan: sizes, costs, choices. Imports no torch."""
