@@ -1,0 +1,74 @@
+"""Finding hardware profiles: by name among those that ship, by path, or by what a probe saw.
+
+A GPU is the same if its name is, apart from what makers and drivers add or leave out between versions
+("NVIDIA GeForce RTX 3060", "GeForce RTX 3060"), and its memory nearly is: drivers report less than the label
+says, and some boards of one name exist in two sizes. Machines without a GPU have nothing to be known by.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from moeflow.errors import DocumentError, unknown
+from moeflow.files import data_dir
+from moeflow.schema import HardwareProfile
+
+__all__ = ["match", "known_hardware", "find_hardware"]
+
+TOLERANCE = 0.1  # of the known memory
+BRANDS = {"nvidia", "geforce", "tesla"}  # at the start only
+
+
+def match(probed: HardwareProfile, known: Iterable[HardwareProfile]) -> HardwareProfile | None:
+    """The profile of `known` with the same GPU, the nearest in memory if there are several."""
+    if probed.gpu is None:
+        return None
+    name, memory = _plain(probed.gpu.name), probed.gpu.memory
+    near = [
+        (abs(memory - profile.gpu.memory), profile)
+        for profile in known
+        if profile.gpu
+        and _plain(profile.gpu.name) == name
+        and abs(memory - profile.gpu.memory) <= TOLERANCE * profile.gpu.memory
+    ]
+    return min(near, key=lambda pair: pair[0])[1] if near else None
+
+
+def _plain(gpu: str) -> tuple[str, ...]:
+    """The words of a GPU's name in lower case, without brand in front and without sizes such as 80GB."""
+    text = re.sub(r"\b\d+\s*gi?b\b", " ", gpu.lower())
+    words = re.findall(r"[a-z0-9]+", text)
+    while words and words[0] in BRANDS:
+        words.pop(0)
+    return tuple(words)
+
+
+def known_hardware() -> dict[str, HardwareProfile]:
+    """All profiles that ship with moeflow, by name.
+
+    Raises:
+        DocumentError: one of the files breaks a rule.
+    """
+    return {path.stem: HardwareProfile.load(path) for path in _files()}
+
+
+def find_hardware(name_or_path: str) -> HardwareProfile:
+    """The profile called `name_or_path` in hardware/, or else the YAML or JSON file at that path.
+
+    Raises:
+        DocumentError: no such name, or the file breaks a rule.
+        StorageError: the path cannot be read.
+    """
+    shipped = {path.stem: path for path in _files()}
+    if name_or_path in shipped:
+        return HardwareProfile.load(shipped[name_or_path])
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml", ".json") or len(path.parts) > 1:
+        return HardwareProfile.load(path)
+    raise DocumentError(f"{unknown('hardware', name_or_path, shipped)}; or give the path of a YAML file")
+
+
+def _files() -> list[Path]:
+    return sorted(data_dir("hardware").glob("*.yaml"))
