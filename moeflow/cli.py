@@ -1,0 +1,337 @@
+"""The command line: reads arguments, calls the library, shows what comes back.
+
+Nothing heavy is imported before a command needs it, so that help and validation answer at once. Errors are
+caught once, in `main`: one message, a documented exit code, a traceback only with `--debug`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeflow.errors import MoeflowError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="moeflow",
+    help="Run Mixture-of-Experts language models that do not fit the GPU.\n\n"
+    "quantize -> pack -> offload-plan -> generate. Start with `moeflow quickstart`.",
+    epilog="Exit codes: 0 done, 1 other failure, 2 usage, 3 document, 4 checkpoint, 5 artifact, 6 capacity, 7 storage, "
+    "8 device, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_debug = False
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Prompt = Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Upper bound on new tokens.")]
+Temperature = Annotated[float | None, typer.Option(min=0.0, help="0 is greedy; default: the model's own.")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=1, help="Sample among the k likeliest.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Sample among the likeliest of this joint probability.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Hardware = Annotated[
+    str | None, typer.Option(help="Plan anew for this machine: a name in hardware/, a path, or auto (probe).")
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option("--ablation", help="Row of the paper's ablation: full, no-prefetch, no-cache, naive."),
+]
+Slots = Annotated[int | None, typer.Option("--experts-per-layer", "-k", min=0, help="Cached experts per layer.")]
+Policy = Annotated[str | None, typer.Option(help="Cache policy: lru or lfu.")]
+Artifact = Annotated[Path, typer.Argument(help="Directory that `moeflow pack` wrote.", show_default=False)]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        from moeflow import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def probe(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a hardware profile here.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the hardware profile.")] = "this-machine",
+    disk: Annotated[Path | None, typer.Option(help="Also measure reading from this directory.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine: GPU, memory, link. The file is shareable; it names no host and no user."""
+    from moeflow.console import show_hardware
+    from moeflow.probe.machine import probe as measure
+    from moeflow.probe.match import known_hardware, match
+
+    hardware = measure(name=output.stem if output else name, directory=disk)
+    if output:
+        hardware.save(output)
+    if as_json:
+        return typer.echo(hardware.to_json(), nl=False)
+    show_hardware(hardware)
+    if known := match(hardware, known_hardware().values()):
+        typer.echo(f"like hardware/{known.name}.yaml: {known.description}")
+    return None
+
+
+@app.command()
+def autotune(
+    model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory, or demo.")] = "demo",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write.")] = Path("profile.yaml"),
+    hardware: Annotated[str, typer.Option(help="A name in hardware/, a path, or auto (probe).")] = "auto",
+    min_speed: Annotated[float, typer.Option(help="Tokens/s below which fewer bits are preferred.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Choose bits and cache size for a model on a machine, and write a profile that `pack` takes."""
+    from moeflow import pipeline
+    from moeflow.console import say, show_candidates, show_hardware
+    from moeflow.schema import Profile
+
+    machine = pipeline.resolve_hardware(hardware)
+    chosen, found = pipeline.autotune(model, machine, Profile(model=model, hardware=hardware), min_speed)
+    chosen.profile.save(output)
+    if as_json:
+        plan = chosen.plan.to_dict() if chosen.plan else None
+        return typer.echo(json.dumps({"profile": chosen.profile.to_dict(), "plan": plan}))
+    show_hardware(machine)
+    show_candidates(chosen, found)
+    say(f"wrote {output}; next: moeflow pack {output}")
+    return None
+
+
+@app.command()
+def pack(
+    profile: Annotated[Path, typer.Argument(help="Profile YAML.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: artifacts/PROFILE.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an artifact made from other settings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize and pack a profile's model, and plan for its hardware. Interrupted, it goes on where it stopped."""
+    from moeflow import pipeline
+    from moeflow.console import progress_bar, say
+
+    with progress_bar() as progress:
+        directory = pipeline.pack(profile, output, overwrite=overwrite, progress=progress)
+    if as_json:
+        return typer.echo(json.dumps({"artifact": str(directory)}))
+    say(f'packed; next: moeflow generate {directory} -p "..."')
+    return typer.echo(str(directory))
+
+
+@app.command()
+def plan(
+    artifact: Artifact,
+    hardware: Hardware = None,
+    k: Slots = None,
+    policy: Policy = None,
+    ablation: Strategy = None,
+    save: Annotated[bool, typer.Option(help="Replace the artifact's plan.json.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show how a packed model would run: memory by use, cache, tiers, and a bound on its speed."""
+    from moeflow import pipeline
+    from moeflow.console import show_plan
+
+    changes = {"hardware": hardware, "experts_per_layer": k, "policy": policy, "strategy": ablation}
+    made = pipeline.plan_offload(artifact, changes, save=save)
+    return typer.echo(made.to_json(), nl=False) if as_json else show_plan(made)
+
+
+@app.command()
+def generate(
+    artifact: Artifact,
+    prompt: Prompt,
+    max_new_tokens: MaxNew = 128,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    ablation: Strategy = None,
+    k: Slots = None,
+    policy: Policy = None,
+    hardware: Hardware = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt. Text streams to stdout, statistics follow on stderr."""
+    from moeflow import pipeline
+    from moeflow.console import progress_bar
+
+    changes = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
+    with progress_bar() as progress:
+        engine = pipeline.load(artifact, progress=progress, **changes)
+    with engine:
+        _answer(
+            engine,
+            prompt,
+            as_json,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+
+
+def _answer(engine: Any, prompt: str | list[int], as_json: bool, **settings: Any) -> str:
+    """Generate, show and return one answer."""
+    from moeflow.console import show_stats
+
+    if as_json:
+        result = engine.generate(prompt, **settings)
+        document = {"prompt": prompt, "text": result.text, "ids": result.ids, "stats": result.stats.to_dict()}
+        typer.echo(json.dumps(document))
+        return str(result)
+    pieces = []
+    for piece in engine.stream(prompt, **settings):
+        pieces.append(piece)
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()
+    show_stats(engine.stats)
+    return "".join(pieces)
+
+
+@app.command()
+def chat(
+    artifact: Artifact,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    ablation: Strategy = None,
+    k: Slots = None,
+    policy: Policy = None,
+    hardware: Hardware = None,
+) -> None:
+    """Talk to a packed model; an empty line or Ctrl-D ends. A model without chat template continues the text."""
+    from moeflow import pipeline
+    from moeflow.console import progress_bar, say
+
+    changes = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
+    with progress_bar() as progress:
+        engine = pipeline.load(artifact, progress=progress, **changes)
+    with engine:
+        messages: list[dict[str, str]] = []
+        say("an empty line ends the conversation")
+        while line := _read_line():
+            messages.append({"role": "user", "content": line})
+            answer = _answer(
+                engine,
+                engine.conversation(messages),
+                False,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+            )
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+@app.command()
+def validate(
+    document: Annotated[Path, typer.Argument(help="Profile, hardware profile, plan or manifest.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Check a document against its rules, without running anything."""
+    from moeflow.schema.kinds import load_any
+
+    found = load_any(document)
+    if as_json:
+        return typer.echo(json.dumps({"kind": found.kind, "document": found.to_dict()}))
+    return typer.echo(f"{document}: valid {found.kind}")
+
+
+@app.command()
+def inspect(artifact: Artifact, as_json: Json = False) -> None:
+    """Show what an artifact holds: sizes by role, bits, errors, the layout of a blob."""
+    from moeflow.artifact.reader import Artifact as Opened
+    from moeflow.console import show_manifest
+
+    manifest = Opened.open(artifact).manifest
+    return typer.echo(manifest.to_json(), nl=False) if as_json else show_manifest(manifest)
+
+
+@app.command()
+def verify(artifact: Artifact, as_json: Json = False) -> None:
+    """Compare every file of an artifact with its checksum."""
+    from moeflow.artifact.reader import Artifact as Opened
+    from moeflow.console import progress_bar
+    from moeflow.errors import ArtifactError
+
+    opened = Opened.open(artifact)
+    with progress_bar() as progress:
+        faults = list(opened.verify(progress))
+    if as_json:
+        typer.echo(json.dumps({"artifact": str(artifact), "faults": faults}))
+    if faults:
+        raise ArtifactError("\n".join(f"{artifact}/{fault}" for fault in faults))
+    if not as_json:
+        typer.echo(f"{artifact}: all {len(opened.manifest.shards) + len(opened.manifest.files)} files as packed")
+
+
+@app.command()
+def quickstart(
+    prompt: Prompt = "In the beginning",
+    max_new_tokens: MaxNew = 120,
+    seed: Seed = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the artifact.")] = Path(
+        "artifacts/quickstart"
+    ),
+) -> None:
+    """Probe, plan, pack and run the demo model that ships with moeflow; no download, no GPU needed."""
+    from moeflow import pipeline
+    from moeflow.console import progress_bar, say, show_candidates, show_hardware, show_plan
+    from moeflow.schema import Cache, Profile
+
+    if (output / "manifest.json").is_file():
+        say(f"using the artifact in {output}")
+    else:
+        say("measuring this machine")
+        machine = pipeline.resolve_hardware("auto")
+        show_hardware(machine)
+        base = Profile(model="demo", cache=Cache(experts_per_layer=4))  # half of 8, as in the paper's main rows
+        chosen, found = pipeline.autotune("demo", machine, base)
+        show_candidates(chosen, found)
+        say("quantizing and packing")
+        with progress_bar() as progress:
+            pipeline.pack(chosen.profile, output, progress=progress)
+    say(f"loading {output}")
+    with progress_bar() as progress:
+        engine = pipeline.load(output, progress=progress)
+    show_plan(engine.plan)
+    say(f'"{prompt}" goes on:')
+    with engine:
+        _answer(engine, prompt, False, max_new_tokens=max_new_tokens, seed=seed)
+    say(f'again, with your words: moeflow generate {output} -p "..."')
+
+
+def main() -> None:
+    """Run the command line and exit with the error's code; typer itself ends usage errors (2) and Ctrl-C (130)."""
+    try:
+        app(prog_name="moeflow")
+    except MoeflowError as error:
+        if _debug:
+            raise
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(error.exit_code)

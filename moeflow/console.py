@@ -1,0 +1,196 @@
+"""What people see of moeflow in a terminal: progress bars, tables, a line of statistics.
+
+Answers go to stdout, everything else to stderr, so that output can be piped. Knows documents and statistics,
+decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moeflow.progress import Progress
+from moeflow.schema import HardwareProfile, Manifest, Plan
+from moeflow.schema.units import format_rate, format_size
+
+if TYPE_CHECKING:
+    from moeflow.generation import Statistics
+    from moeflow.planning.search import Candidate
+
+__all__ = [
+    "err",
+    "out",
+    "progress_bar",
+    "say",
+    "show_candidates",
+    "show_hardware",
+    "show_manifest",
+    "show_plan",
+    "show_stats",
+]
+
+out = Console()
+err = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line about what is going on."""
+    err.print(f"[bold cyan]·[/] {escape(message)}")
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar with bytes, rate and time left; it vanishes when the work is done."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def report(description: str, done: int, total: int) -> None:
+            bar.update(task, description=description, completed=done, total=total)
+
+        yield report
+
+
+def _facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    err.print(table)
+
+
+def _grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*headings, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="cyan")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    err.print(table)
+
+
+def show_hardware(hardware: HardwareProfile) -> None:
+    """A machine's facts."""
+    gpu, cpu = hardware.gpu, hardware.cpu
+    rows = [("GPU", f"{gpu.name}, {format_size(gpu.memory)}, compute {gpu.compute_capability}" if gpu else "none")]
+    if gpu and gpu.memory_bandwidth:
+        rows.append(("GPU memory", format_rate(gpu.memory_bandwidth)))
+    rows += [
+        ("CPU", f"{cpu.name or 'unnamed'}, {cpu.cores} cores"),
+        ("RAM", format_size(hardware.ram) + (f", {format_rate(cpu.memory_bandwidth)}" if cpu.memory_bandwidth else "")),
+        ("link", f"{format_rate(hardware.link.host_to_device)} host to {'device' if gpu else 'slots (memory copy)'}"),
+    ]
+    if hardware.disk:
+        rows.append(("disk", f"{format_rate(hardware.disk.read)} read"))
+    _facts(f"{hardware.name} ({hardware.origin})", rows)
+
+
+def show_plan(plan: Plan) -> None:
+    """A plan's numbers."""
+    memory = plan.memory
+    k = (
+        f"{min(plan.cache_slots)}"
+        if len(set(plan.cache_slots)) == 1
+        else f"{min(plan.cache_slots)}-{max(plan.cache_slots)}"
+    )
+    guess = f"{plan.prefetch.predictor}, {plan.prefetch.experts} experts, {plan.prefetch.depth} ahead"
+    rows = [
+        ("runs on", f"{plan.device} in {plan.dtype}, planned for {plan.hardware}"),
+        ("cache", f"{k} experts per layer, {plan.policy}; {plan.staging_slots} staging slots"),
+        ("guesses", guess if plan.prefetch.depth else "off"),
+        (
+            "device memory",
+            f"{format_size(memory.total)} of {format_size(memory.limit)}: "
+            f"resident {format_size(memory.resident)}, KV cache {format_size(memory.kv_cache)} for "
+            f"{plan.context_length} tokens, slots {format_size(memory.slots)}, "
+            f"buffers {format_size(memory.staging + memory.stream)}",
+        ),
+        ("experts", f"{format_size(plan.ram_nbytes)} in RAM, {format_size(plan.disk_nbytes)} on disk"),
+    ]
+    if plan.prediction:
+        bound = plan.prediction
+        rows.append(
+            (
+                "bound",
+                f"{bound.tokens_per_second:.4g} tokens/s: {format_size(bound.missed_bytes)} missed and "
+                f"{format_size(bound.read_bytes)} read per token at these rates, if routing were uniform",
+            )
+        )
+    _facts(f"plan ({plan.strategy})", rows)
+
+
+def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
+    """autotune's choices; the taken one is marked."""
+    rows = []
+    for c in found:
+        mark = "→" if c is chosen else " "
+        label = c.profile.quantization.experts.label
+        k = str(c.plan.cache_slots[0]) if c.plan else "-"
+        speed = f"{c.tokens_per_second:.4g}" if c.plan else c.refusal
+        rows.append((mark, label, format_size(c.expert_nbytes), k, speed))
+    _grid("quantization", ("", "experts", "size", "k", "bound, tokens/s"), rows)
+
+
+def show_manifest(manifest: Manifest) -> None:
+    """A packed model: sizes by role, bits, layout."""
+    facts, experts = manifest.model, manifest.quantization.experts
+    packed = sum(s.nbytes for m in manifest.resident for s in m.segments)
+    dense = manifest.resident_nbytes - packed
+    expert_bits = 8 * manifest.expert_nbytes / facts.expert_parameters
+    errors = [layer.relative_error for layer in manifest.layers]
+    _facts(
+        f"{facts.source} ({facts.type})",
+        [
+            ("parameters", f"{facts.parameters:,}, of which {facts.expert_parameters:,} in experts"),
+            ("experts", f"{len(manifest.layers)} layers of {manifest.layers[0].experts}, top-{facts.top_k}"),
+            ("quantization", f"experts {experts.label}, attention {manifest.quantization.attention.label}"),
+        ],
+    )
+    _grid(
+        "sizes",
+        ("role", "bytes", "bits a weight", "relative error"),
+        [
+            (
+                "experts",
+                format_size(manifest.expert_nbytes),
+                f"{expert_bits:.2f}",
+                f"{min(errors):.4f}-{max(errors):.4f}",
+            ),
+            ("attention, packed", format_size(packed), "", f"{manifest.resident_error:.4f}"),
+            ("other resident", format_size(dense), "", "0"),
+        ],
+    )
+    for number, layout in enumerate(manifest.layouts):
+        rows = [
+            (m.name, s.part, s.dtype, " x ".join(map(str, s.shape)), str(s.offset), str(s.nbytes))
+            for m in layout.matrices
+            for s in m.segments
+        ]
+        _grid(f"blob {number}: {layout.nbytes:,} bytes", ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows)
+
+
+def show_stats(stats: Statistics) -> None:
+    """One generation's figures."""
+    decode = stats.decode
+    line = (
+        f"{stats.prompt_tokens} tokens in, {stats.new_tokens} out; "
+        f"first token after {stats.time_to_first_token:.2f} s, then {stats.tokens_per_second:.1f} tokens/s"
+    )
+    if decode.uses:
+        line += f"; hit rate {decode.hit_rate:.0%}"
+    if decode.guesses:
+        wrong = decode.guesses - decode.guesses_used
+        line += f", guesses {decode.guesses_used} right and {max(0, wrong)} wrong"
+    err.print(f"[dim]{line}; {format_size(stats.bytes_per_token)} moved per token[/]")

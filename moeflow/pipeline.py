@@ -1,0 +1,155 @@
+"""The stages, strung together: quantize -> pack -> offload-plan -> generate.
+
+Each takes documents and returns or writes documents; each writes its record last (a note per shard, the
+manifest, the plan), so that a stage which is run again does only what is missing. What needs torch is
+imported when it is needed: planning and validating work without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moeflow.artifact.checkpoint import Checkpoint, resolve_model
+from moeflow.artifact.reader import MANIFEST, Artifact
+from moeflow.errors import ArtifactError
+from moeflow.planning.overrides import override
+from moeflow.planning.planner import make_plan
+from moeflow.planning.search import Candidate, candidates, choose
+from moeflow.planning.sizes import ModelSizes
+from moeflow.probe.machine import probe
+from moeflow.probe.match import find_hardware
+from moeflow.progress import Progress, silent
+from moeflow.schema import HardwareProfile, Plan, Profile
+
+if TYPE_CHECKING:
+    from moeflow.engine import Engine
+
+__all__ = ["autotune", "load", "pack", "plan_offload", "read_profile", "resolve_hardware"]
+
+PROFILE = "profile.yaml"
+PLAN = "plan.json"
+
+ProfileLike = str | Path | Mapping[str, Any] | Profile
+
+
+def read_profile(profile: ProfileLike) -> Profile:
+    """A profile from a path, a mapping, or itself."""
+    if isinstance(profile, Profile):
+        return profile
+    if isinstance(profile, Mapping):
+        return Profile.parse(dict(profile), "profile")
+    return Profile.load(profile)
+
+
+def resolve_hardware(name: str) -> HardwareProfile:
+    """`auto` probes this machine; else a name in `hardware/` or a path."""
+    return probe() if name == "auto" else find_hardware(name)
+
+
+def autotune(
+    model: str, hardware: HardwareProfile, base: Profile | None = None, min_speed: float = 5.0
+) -> tuple[Candidate, list[Candidate]]:
+    """Choose a profile for `model` on `hardware`; returns the choice and all candidates."""
+    base = base or Profile(model=model)
+    found = candidates(Checkpoint.open(resolve_model(model, base.revision)), base, hardware)
+    return choose(found, min_speed), found
+
+
+def pack(
+    profile: ProfileLike, output: str | Path | None = None, *, overwrite: bool = False, progress: Progress = silent
+) -> Path:
+    """Quantize and pack the profile's model, and plan for its hardware.
+
+    Args:
+        profile: a path, a mapping or a document.
+        output: the artifact's directory; by default `artifacts/` and the name of the profile's file, or of its model.
+        overwrite: replace an artifact that was made from another model or other settings.
+        progress: told of bytes as they are written.
+
+    Returns:
+        The artifact's directory. Packing again what is packed already does nothing.
+    """
+    wanted = read_profile(profile)
+    directory = Path(output) if output is not None else _default_output(profile, wanted)
+    checkpoint = Checkpoint.open(resolve_model(wanted.model, wanted.revision))
+    sizes = ModelSizes.of_checkpoint(checkpoint, wanted.quantization)
+    hardware = resolve_hardware(wanted.hardware)
+    make_plan(wanted, sizes, hardware)  # what cannot run is refused before hours of work
+
+    from moeflow.artifact.packer import Packer
+
+    packer = Packer(checkpoint, wanted.model, wanted.quantization, directory, progress)
+    if not packer.finished():
+        if (directory / MANIFEST).is_file() and not overwrite:
+            raise ArtifactError(
+                f"{directory}: holds an artifact made from another model or other settings; choose another output, "
+                "or overwrite it (`--overwrite`)"
+            )
+        packer.run()
+    wanted.save(directory / PROFILE)
+    plan_offload(directory, hardware=hardware)
+    return directory
+
+
+def _default_output(given: ProfileLike, profile: Profile) -> Path:
+    name = Path(given).stem if isinstance(given, str | Path) else Path(profile.model).name
+    return Path("artifacts") / name
+
+
+def plan_offload(
+    artifact: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    hardware: HardwareProfile | None = None,
+    save: bool = True,
+) -> Plan:
+    """Plan how to run a packed model, on its profile's hardware unless `hardware` is given; writes `plan.json`."""
+    opened = Artifact.open(artifact)
+    profile = override(_profile_of(opened), overrides or {})
+    plan = make_plan(profile, ModelSizes.of_manifest(opened.manifest), hardware or resolve_hardware(profile.hardware))
+    if save:
+        plan.save(opened.directory / PLAN)
+    return plan
+
+
+def _profile_of(artifact: Artifact) -> Profile:
+    path = artifact.directory / PROFILE
+    if path.is_file():
+        return Profile.load(path)
+    return Profile(model=artifact.manifest.model.source, quantization=artifact.manifest.quantization)
+
+
+def load(artifact: str | Path, *, progress: Progress = silent, **overrides: Any) -> Engine:
+    """Load a packed model.
+
+    Without overrides the artifact's own plan is followed; where it has none, or was planned for a probed machine
+    with another kind of device, or something is overridden, a new plan is made and not saved.
+
+    Args:
+        artifact: directory that `pack` returned.
+        progress: told of bytes as they are loaded.
+        **overrides: of the profile: hardware, experts_per_layer, policy, predictor, prefetch_depth,
+            prefetch_experts, vram, ram, disk, context_length, dtype, strategy.
+    """
+    opened = Artifact.open(artifact)
+    plan = _plan_for(opened, overrides)
+
+    from moeflow.engine import Engine
+
+    return Engine(opened, plan, progress)
+
+
+def _plan_for(artifact: Artifact, overrides: Mapping[str, Any]) -> Plan:
+    path = artifact.directory / PLAN
+    if path.is_file() and all(value is None for value in overrides.values()):
+        plan = Plan.load(path)
+        if _profile_of(artifact).hardware != "auto" or _has_device(plan.device):
+            return plan
+    return plan_offload(artifact.directory, overrides, save=False)
+
+
+def _has_device(device: str) -> bool:
+    import torch
+
+    return (device == "cuda") == torch.cuda.is_available()

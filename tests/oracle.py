@@ -1,0 +1,71 @@
+"""Slow and certain: transformers' own forward, on a checkpoint or on an artifact's dequantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tiny import _quiet
+from torch import Tensor
+
+from moeflow.artifact.matrix import dequantize, parts_of
+from moeflow.artifact.reader import Artifact
+from moeflow.schema import Manifest
+
+
+def checkpoint_model(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model of a checkpoint, computed by its own experts loop."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, experts_implementation="eager").eval()
+
+
+def dequantized_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model with every weight of the artifact dequantized."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    manifest = Artifact.open(directory).manifest
+    config = AutoConfig.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+    state = {**_resident(directory, manifest, dtype), **_experts(directory, manifest, dtype)}
+    result = model.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) <= {"lm_head.weight"}  # tied
+    return model.eval()
+
+
+def _resident(directory: Path, manifest: Manifest, dtype: torch.dtype) -> dict[str, Tensor]:
+    state = load_file(directory / manifest.resident_shard)
+    for matrix in manifest.resident:
+        parts = {s.part: state.pop(f"{matrix.name}.{s.part}") for s in matrix.segments}
+        state[matrix.name] = dequantize(matrix, parts, dtype)
+    return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
+def _experts(directory: Path, manifest: Manifest, dtype: torch.dtype) -> dict[str, Tensor]:
+    state = {}
+    for i, layer in enumerate(manifest.layers):
+        blobs = list(load_file(directory / layer.shard).values())
+        for matrix in manifest.layout_of(i).matrices:
+            stacked = [dequantize(matrix, parts_of(matrix, blob), dtype) for blob in blobs]
+            state[f"{layer.module}.{matrix.name}_proj"] = torch.stack(stacked)
+    return state
+
+
+@torch.inference_mode()
+def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
+    """float32 [T, V]."""
+    return model(torch.tensor([list(ids)])).logits[0].float()
+
+
+@torch.inference_mode()
+def greedy_of(model: Any, ids: Sequence[int], count: int) -> list[int]:
+    """The likeliest continuation, by recomputing everything for each token."""
+    answer: list[int] = []
+    for _ in range(count):
+        answer.append(int(logits_of(model, [*ids, *answer])[-1].argmax()))
+    return answer

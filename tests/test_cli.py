@@ -1,0 +1,223 @@
+"""The command line as a person and as a script use it: output, exit codes, one clear message per fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moeflow import cli
+from moeflow.files import data_dir
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A real process, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "moeflow", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+    )  # fmt: skip
+
+
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str, str]:
+    """The same in this process, where torch is imported already: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["moeflow", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def moe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+def test_help_imports_no_torch_and_lists_every_command() -> None:
+    code = (
+        "import sys; sys.argv=['moeflow','--help']\nfrom moeflow import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+    )
+    code += "print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.rstrip().endswith("False")
+    names = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+    assert len(names) == 10
+    for command in names:
+        assert command in result.stdout
+    assert "130 interrupted" in result.stdout
+
+
+@pytest.mark.parametrize("path", sorted(data_dir("profiles").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_profile_is_valid(moe, path: Path) -> None:
+    code, out, _ = moe("validate", path)
+    assert (code, out.strip()) == (0, f"{path}: valid profile")
+
+
+def test_wrong_bits_are_located(moe, tmp_path: Path) -> None:
+    path = tmp_path / "laptop.yaml"
+    path.write_text("model: demo\nquantization:\n  experts: {backend: hqq, bits: 5}\n")
+    code, _, err = moe("validate", path)
+    assert code == 3
+    assert err == f"error: {path}: quantization.experts.bits is 5; hqq supports 2, 3, 4, 8\n"
+
+
+def test_pack_generate_verify_inspect(moe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = data_dir("profiles") / "demo.yaml"
+    code, out, _ = moe("pack", profile)
+    assert (code, out.strip()) == (0, "artifacts/demo")
+    stamps = {p: p.stat().st_mtime_ns for p in Path("artifacts/demo").glob("*.safetensors")}
+    assert moe("pack", profile)[0] == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}, "a second pack rewrote shards"
+
+    arguments = ("generate", "artifacts/demo", "-p", "In the beginning", "--seed", 1, "-n", 20)
+    code, first, stats = moe(*arguments)
+    assert code == 0
+    assert moe(*arguments)[1] == first
+    assert "tokens/s" in stats
+    assert "hit rate" in stats
+    document = json.loads(moe(*arguments, "--json")[1])
+    assert document["text"] == first.removesuffix("\n")
+    assert document["stats"]["new_tokens"] == 20
+    assert document["stats"]["bytes_per_token"] > 0
+
+    assert moe("verify", "artifacts/demo")[0] == 0
+    code, out, _ = moe("inspect", "artifacts/demo", "--json")
+    assert json.loads(out)["model"]["type"] == "mixtral"
+    code, _, err = moe("inspect", "artifacts/demo")
+    assert "gate_up" in err
+    assert "4-bit g64" in err
+
+
+def test_ablations_give_the_same_greedy_text(moe, demo_artifact: Path) -> None:
+    texts = {
+        moe("generate", demo_artifact, "-p", "And the king", "-n", 24, "--temperature", 0, "--ablation", row)[1]
+        for row in ("full", "no-prefetch", "no-cache", "naive")
+    }
+    assert len(texts) == 1
+
+
+def test_verify_names_the_flipped_bit(moe, demo_artifact: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(demo_artifact, broken)
+    shard = broken / "experts-5.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0b100
+    shard.write_bytes(content)
+    code, _, err = moe("verify", broken)
+    assert code == 5
+    assert f"{broken}/experts-5.safetensors: SHA-256 differs from the manifest's (layer 5, expert" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"model": "no/such/model"}, 4, "no/such/model: no such directory"),
+        ({"memory": {"vram": "900TiB"}}, 6, "memory.vram is 921,600 GiB"),
+        ({"memory": {"ram": "900TiB"}}, 6, "memory.ram is 921,600 GiB"),
+        ({"memory": {"vram": "10MiB"}}, 6, "the limit is 10 MiB"),
+        ({"cache": {"experts_per_layer": 9}}, 3, "cache.experts_per_layer is 9; the model has 8 experts per layer"),
+        ({"quantization": {"experts": {"backend": "hqq", "group_size": 256}}}, 3, "group_size 64, 32, 16 would fit"),
+        ({"hardware": "rtx-9999"}, 3, "rtx-9999"),
+        ({"modle": "demo"}, 3, "did you mean model?"),
+    ],
+)
+def test_refused_profiles(moe, tmp_path: Path, change: dict[str, object], code: int, message: str) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(yaml.safe_dump({"model": "demo", "hardware": "cpu-2-cores", **change}))
+    found, _, err = moe("pack", profile, "-o", tmp_path / "artifact")
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "artifact").exists(), "something was left behind"
+
+
+def test_other_settings_do_not_replace_an_artifact(moe, demo_artifact: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    shutil.copytree(demo_artifact, kept)
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("model: demo\nhardware: cpu-2-cores\nquantization: {experts: {backend: none}}\n")
+    before = {p.name: p.read_bytes() for p in kept.iterdir() if p.is_file()}
+    code, _, err = moe("pack", profile, "-o", kept)
+    assert code == 5
+    assert "--overwrite" in err
+    assert before == {p.name: p.read_bytes() for p in kept.iterdir() if p.is_file()}
+    assert moe("pack", profile, "-o", kept, "--overwrite")[0] == 0
+    assert moe("verify", kept)[0] == 0
+
+
+def test_a_plan_for_cuda_without_cuda(moe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    profile = tmp_path / "gpu.yaml"
+    profile.write_text("model: demo\nhardware: rtx-3060\n")
+    artifact = tmp_path / "artifact"
+    assert moe("pack", profile, "-o", artifact)[0] == 0
+    code, _, err = moe("generate", artifact, "-p", "And")
+    assert code == 8
+    assert "--hardware auto" in err
+    assert moe("generate", artifact, "-p", "And", "-n", 3, "--hardware", "cpu-2-cores")[0] == 0
+
+
+def test_plan_shows_and_does_not_save(moe, demo_artifact: Path) -> None:
+    before = (demo_artifact / "plan.json").read_bytes()
+    code, out, _ = moe("plan", demo_artifact, "--hardware", "rtx-3060", "--json")
+    assert code == 0
+    assert json.loads(out)["device"] == "cuda"
+    assert (demo_artifact / "plan.json").read_bytes() == before
+    assert "KV cache" in moe("plan", demo_artifact, "--hardware", "t4")[2]
+
+
+def test_autotune_writes_what_pack_takes(moe, tmp_path: Path) -> None:
+    profile = tmp_path / "tuned.yaml"
+    code, _, err = moe("autotune", "demo", "-o", profile, "--hardware", "rtx-3060")
+    assert code == 0
+    assert "4-bit g64" in err
+    assert moe("validate", profile)[0] == 0
+    assert moe("pack", profile, "-o", tmp_path / "artifact")[0] == 0
+
+
+def test_quickstart_twice(moe, tmp_path: Path) -> None:
+    output = tmp_path / "quickstart"
+    code, first, err = moe("quickstart", "-o", output, "-n", 15)
+    assert code == 0
+    assert "tokens/s" in err
+    code, second, err = moe("quickstart", "-o", output, "-n", 15)
+    assert (code, second) == (0, first)
+    assert "using the artifact" in err
+
+
+def test_chat_ends_with_an_empty_line(moe, demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["And the king said", "Then", ""])
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
+    code, out, _ = moe("chat", demo_artifact, "-n", 8, "--seed", 1)
+    assert code == 0
+    assert len(out.split()) > 4
+
+
+def test_usage_errors_exit_with_2(moe) -> None:
+    code, _, err = moe("generate")
+    assert code == 2
+    assert "Missing argument" in err
+
+
+def test_a_traceback_only_with_debug(tmp_path: Path) -> None:
+    assert "Traceback" not in run("verify", tmp_path).stderr
+    assert "Traceback" in run("--debug", "verify", tmp_path).stderr
+    assert run("verify", tmp_path).returncode == 5
+
+
+def test_probe_json_is_a_hardware_profile(moe, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    code, out, _ = moe("probe", "-o", path, "--json")
+    assert code == 0
+    assert json.loads(out)["origin"] == "measured"
+    assert moe("validate", path)[1].strip().endswith("valid hardware profile")

@@ -1,0 +1,52 @@
+"""Documentation that is made from the code is current, and what is written by hand names things that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from moeflow import cli, errors
+from moeflow.schema.export import schemas
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def test_schemas_are_current() -> None:
+    written = {path.name: path.read_text() for path in (ROOT / "docs/schemas").glob("*.json")}
+    assert written.keys() == schemas().keys(), "run: python -m moeflow.schema.export docs/schemas"
+
+
+def test_cli_page_has_every_command_option_and_sentence() -> None:
+    words = " ".join(re.sub(r"[│╭╮╰╯─┃]", " ", (ROOT / "docs/cli.md").read_text()).split())
+    group = typer.main.get_command(cli.app)
+    for name, command in group.commands.items():
+        assert f"## moeflow {name}" in words
+        assert " ".join((command.help or "").split()) in words
+        for parameter in command.params:
+            for option in getattr(parameter, "opts", []):
+                assert option.lower() in words.lower(), f"{name} {option}: run python tools/cli_docs.py docs/cli.md"
+
+
+def test_cli_page_has_every_exit_code() -> None:
+    page = (ROOT / "docs/cli.md").read_text()
+    kinds = [getattr(errors, name) for name in errors.__all__ if name.endswith("Error")]
+    assert len({kind.exit_code for kind in kinds}) == len(kinds)
+    for kind in kinds:
+        assert f"| {kind.exit_code} |" in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_files_named_in_pages_exist(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_in_pages_exist(page: Path) -> None:
+    names = set(typer.main.get_command(cli.app).commands)
+    for name in re.findall(r"^\s*(?:\$ )?moeflow ([a-z]+)", page.read_text(), flags=re.MULTILINE):
+        assert name in names, f"{page.name}: moeflow {name}"

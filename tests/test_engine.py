@@ -1,0 +1,265 @@
+"""The engine against transformers: same checkpoint, same numbers, whatever the cache does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
+
+import moeflow
+from moeflow.engine import Engine
+from moeflow.errors import ArtifactError, UsageError
+from moeflow.offload.policy import LruPolicy
+
+# Engine and reference do the same float32 operations in the same order, but a matrix product over one token rounds
+# differently from one over many: each rounding is 6e-8 relative, and some tens of them add up over two or three layers.
+# The bound is relative to the largest logit; 60 random prompts gave at most 4.1e-6. A real fault (a wrong expert, a
+# missed copy) shows at magnitude 0.1 to 1.
+TOLERANCE = 2e-5
+CPU = {
+    "format_version": 1,
+    "name": "test-cpu",
+    "origin": "measured",
+    "cpu": {"cores": 2, "memory_bandwidth": "10GB/s"},
+    "ram": "16GiB",
+    "link": {"host_to_device": "8GB/s"},
+}
+NONE = {"experts": {"backend": "none"}, "attention": {"backend": "none"}}
+STRATEGIES = ("full", "no-prefetch", "no-cache", "naive")
+
+Packed = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def hardware_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hardware") / "test-cpu.yaml"
+    moeflow.HardwareProfile.parse(CPU, "test").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory, hardware_file: Path) -> Packed:
+    """Packs a checkpoint once per quantization."""
+    made: dict[str, Path] = {}
+
+    def pack(checkpoint: Path, quantization: dict[str, object] = NONE) -> Path:
+        key = f"{checkpoint} {quantization}"
+        if key not in made:
+            profile = {"model": str(checkpoint), "quantization": quantization, "hardware": str(hardware_file)}
+            made[key] = moeflow.pack(profile, tmp_path_factory.mktemp("artifact") / "a")
+        return made[key]
+
+    return pack
+
+
+def random_ids(count: int, vocabulary: int = 96) -> list[int]:
+    seed = int(torch.randint(1 << 30, ()))
+    print(f"ids from seed {seed}")
+    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def hqq(bits: int, attention: int = 4) -> dict[str, object]:
+    scheme = {"backend": "hqq", "group_size": 32}
+    return {"experts": {**scheme, "bits": bits}, "attention": {**scheme, "bits": attention}}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("k", range(1, 9))
+def test_unquantized_equals_transformers(tiny_checkpoint: Path, packed: Packed, strategy: str, k: int) -> None:
+    ids = random_ids(40)
+    reference = logits_of(checkpoint_model(tiny_checkpoint), ids)
+    with moeflow.load(packed(tiny_checkpoint), experts_per_layer=k, strategy=strategy) as engine:
+        assert_same(engine.logits(ids), reference)
+        assert_same(engine.logits(ids, chunk=1), reference)
+        assert_same(engine.logits(ids, chunk=7), reference)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_greedy_tokens_equal_transformers(tiny_checkpoint: Path, packed: Packed, strategy: str) -> None:
+    ids = random_ids(12)
+    expected = greedy_of(checkpoint_model(tiny_checkpoint), ids, 24)
+    with moeflow.load(packed(tiny_checkpoint), experts_per_layer=3, strategy=strategy) as engine:
+        assert _tokens(engine, ids, 24) == expected
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantized_equals_dequantized_weights(tiny_checkpoint: Path, packed: Packed, bits: int) -> None:
+    ids = random_ids(30)
+    artifact = packed(tiny_checkpoint, hqq(bits, attention={2: 4, 3: 2, 4: 8, 8: 3}[bits]))
+    model = dequantized_model(artifact)
+    with moeflow.load(artifact, experts_per_layer=4) as engine:
+        assert_same(engine.logits(ids), logits_of(model, ids))
+        assert_same(engine.logits(ids, chunk=1), logits_of(model, ids))
+        assert _tokens(engine, ids, 16) == greedy_of(model, ids, 16)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "qwen2_moe"])
+def test_other_families(checkpoint_factory: Callable[..., Path], packed: Packed, family: str) -> None:
+    checkpoint = checkpoint_factory(family, layers=3)
+    ids = random_ids(24)
+    reference = logits_of(checkpoint_model(checkpoint), ids)
+    with moeflow.load(packed(checkpoint), experts_per_layer=3) as engine:
+        assert_same(engine.logits(ids), reference)
+        assert_same(engine.logits(ids, chunk=1), reference)
+
+
+def test_dense_layers_between_moe_layers(checkpoint_factory: Callable[..., Path], packed: Packed) -> None:
+    checkpoint = checkpoint_factory("qwen3_moe", layers=4, dense_layers=(0, 2))
+    ids = random_ids(24)
+    with moeflow.load(packed(checkpoint), experts_per_layer=3) as engine:
+        assert len(engine.artifact.manifest.layers) == 2
+        reference = logits_of(checkpoint_model(checkpoint), ids)
+        assert_same(engine.logits(ids, chunk=1), reference)
+
+
+def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Packed) -> None:
+    """Results are summed in the router's order: nothing the cache does may change a bit."""
+    artifact, ids = packed(tiny_checkpoint, hqq(4)), random_ids(40)
+    settings = [{"experts_per_layer": k, "strategy": s} for k in (1, 3, 8) for s in STRATEGIES]
+    settings += [{"policy": "lfu"}, {"prefetch_depth": 2}, {"prefetch_experts": 4}, {"ram": 0}, {"prefetch_depth": 0}]
+    with moeflow.load(artifact, experts_per_layer=4) as engine:
+        whole, stepwise = engine.logits(ids), engine.logits(ids, chunk=1)
+    for setting in settings:
+        with moeflow.load(artifact, **setting) as engine:
+            assert torch.equal(engine.logits(ids), whole), setting
+            assert torch.equal(engine.logits(ids, chunk=1), stepwise), setting
+
+
+def test_prefill_through_the_cache_equals_streaming(tiny_checkpoint: Path, packed: Packed) -> None:
+    """Where layer buffers do not fit, a prompt that needs all experts goes through few slots."""
+    artifact, ids = packed(tiny_checkpoint, hqq(4)), random_ids(60)
+    with moeflow.load(artifact, experts_per_layer=2) as engine:
+        streamed = engine.logits(ids)
+        assert engine.traffic.streamed_bytes > 0
+    plan = moeflow.Plan.load(artifact / "plan.json").model_copy(update={"stream_layers": 0, "staging_slots": 1})
+    from moeflow.artifact.reader import Artifact
+
+    with Engine(Artifact.open(artifact), plan) as engine:
+        assert torch.equal(engine.logits(ids), streamed)
+        assert engine.traffic.streamed_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_activations(tiny_checkpoint: Path, packed: Packed, dtype: str) -> None:
+    """Same dtype on both sides; 16-bit rounding (2**-8 for bfloat16) of logits of magnitude up to 10."""
+    ids = random_ids(20)
+    reference = logits_of(checkpoint_model(tiny_checkpoint, getattr(torch, dtype)), ids)
+    with moeflow.load(packed(tiny_checkpoint), experts_per_layer=4, dtype=dtype) as engine:
+        difference = (engine.logits(ids) - reference).norm() / reference.norm()
+    assert difference < (2**-7 if dtype == "bfloat16" else 2**-10)
+
+
+def test_hits_are_those_of_the_policy(tiny_checkpoint: Path, packed: Packed) -> None:
+    """The live cache against a plain policy fed with the routes that the routers chose."""
+    ids, k = random_ids(50), 3
+    with moeflow.load(packed(tiny_checkpoint), experts_per_layer=k, strategy="no-prefetch") as engine:
+        routes = _record_routes(engine)
+        engine.logits(ids, chunk=1)
+        expected_hits = 0
+        for steps in routes:
+            policy = LruPolicy(k)
+            for chosen in steps:
+                hits = [e for e in sorted(chosen) if e in policy]
+                expected_hits += len(hits)
+                for expert in hits:
+                    policy.touch(expert)
+                for expert in sorted(set(chosen) - set(hits)):
+                    policy.admit(expert)
+        assert engine.traffic.hits == expected_hits > 0
+        assert engine.traffic.misses == 2 * 2 * len(ids) - expected_hits
+
+
+def test_prefetch_serves_misses_and_counts_them(tiny_checkpoint: Path, packed: Packed) -> None:
+    ids = random_ids(50)
+    with moeflow.load(packed(tiny_checkpoint), experts_per_layer=2) as engine:
+        engine.logits(ids, chunk=1)
+        traffic = engine.traffic
+    assert traffic.uses == 2 * 2 * len(ids)
+    assert 0 < traffic.guesses_used <= traffic.guesses
+    nbytes = engine.artifact.manifest.layout_of(0).nbytes
+    assert traffic.missed_bytes == traffic.misses * nbytes
+    assert traffic.guessed_bytes == traffic.guesses * nbytes
+
+
+def test_decode_after_prefill_finds_warm_slots(tiny_checkpoint: Path, packed: Packed) -> None:
+    ids = random_ids(30)
+    with moeflow.load(packed(tiny_checkpoint), experts_per_layer=8, strategy="no-prefetch") as engine:
+        engine.logits(ids)
+        before = engine.traffic.copy()
+        engine.logits([ids[-1]])
+        after = engine.traffic.since(before)
+    assert after.hits > after.misses
+
+
+def test_sampling_repeats_with_a_seed(demo_engine: Engine) -> None:
+    first = demo_engine.generate("The king", max_new_tokens=20, temperature=0.9, seed=7)
+    second = demo_engine.generate("The king", max_new_tokens=20, temperature=0.9, seed=7)
+    other = demo_engine.generate("The king", max_new_tokens=20, temperature=0.9, seed=8)
+    assert first.ids == second.ids
+    assert first.ids != other.ids
+
+
+def test_streamed_text_is_the_generated_text(demo_engine: Engine) -> None:
+    whole = demo_engine.generate("In the beginning", max_new_tokens=30, seed=3)
+    assert "".join(demo_engine.stream("In the beginning", max_new_tokens=30, seed=3)) == whole.text
+    assert demo_engine.stats.new_tokens == whole.stats.new_tokens == 30
+    assert demo_engine.stats.tokens_per_second > 0
+
+
+def test_refusals(demo_engine: Engine) -> None:
+    with pytest.raises(UsageError, match="prompt is empty"):
+        demo_engine.generate([])
+    with pytest.raises(UsageError, match=r"do not fit the context of \d+"):
+        demo_engine.generate("word", max_new_tokens=100_000)
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        demo_engine.generate([10**6])
+    with pytest.raises(UsageError, match="temperature"):
+        demo_engine.generate("word", temperature=-1.0)
+    with pytest.raises(UsageError, match="top_p"):
+        demo_engine.generate("word", temperature=1.0, top_p=0.0)
+
+
+def test_damaged_blob_is_refused_at_load(tiny_checkpoint: Path, packed: Packed, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(packed(tiny_checkpoint), broken)
+    shard = broken / "experts-1.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5000] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"experts-1\.safetensors: layer 1, expert 7 is damaged"):
+        moeflow.load(broken)
+
+
+def test_closed_engine_says_so(tiny_checkpoint: Path, packed: Packed) -> None:
+    engine = moeflow.load(packed(tiny_checkpoint))
+    engine.close()
+    engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        engine.logits([1, 2])
+
+
+def _tokens(engine: Engine, ids: list[int], count: int) -> list[int]:
+    from moeflow.generation import Sampler, TokenStream
+
+    return list(TokenStream(engine, ids, count, Sampler(0.0), set()))
+
+
+def _record_routes(engine: Engine) -> list[list[list[int]]]:
+    """Per MoE layer, per step, the chosen experts."""
+    routes: list[list[list[int]]] = []
+    for layer in engine.artifact.manifest.layers:
+        steps: list[list[int]] = []
+        router = engine._model.get_submodule(layer.router)
+        router.register_forward_hook(lambda _m, _i, result, steps=steps: steps.append(result[2].flatten().tolist()))
+        routes.append(steps)
+    return routes
