@@ -30,6 +30,7 @@ _REMEDY = {
     errno.EACCES: "permission denied; choose a directory that you may write to",
     errno.EPERM: "operation not permitted; choose a directory that you may write to",
     errno.ENOENT: "no such file or directory",
+    errno.EEXIST: "a part of the path is not a directory",
     errno.ENOTDIR: "a part of the path is not a directory",
     errno.EISDIR: "this is a directory, not a file",
 }
@@ -101,7 +102,11 @@ def read_document(path: Path) -> Any:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise DocumentError(f"{path}: not a text document (byte {error.start} is not UTF-8)") from error
-    return _parse_json(path, text) if path.suffix == ".json" else _parse_yaml(path, text)
+    try:
+        return _parse_json(path, text) if path.suffix == ".json" else _parse_yaml(path, text)
+    except (ValueError, OverflowError, RecursionError) as error:  # numbers, dates and depths that Python refuses
+        reason = str(error).partition("\n")[0].partition(":")[0]
+        raise DocumentError(f"{path}: holds a value that cannot be read ({reason})") from error
 
 
 def _parse_json(path: Path, text: str) -> Any:
@@ -115,13 +120,28 @@ def _parse_yaml(path: Path, text: str) -> Any:
     import yaml
 
     try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        if tree is not None:
+            _refuse_repeated_keys(path, tree)
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise DocumentError(f"{place}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise DocumentError(f"{path}: not valid YAML: {error}") from error
+        raise DocumentError(f"{path}: not valid YAML: {str(error).partition(chr(10))[0]}") from error
+
+
+def _refuse_repeated_keys(path: Path, node: Any) -> None:
+    """YAML's reader keeps the last of two equal keys; a person who wrote both has overlooked one."""
+    for key, value in node.value if node.id == "mapping" else ():
+        twins = [other for other, _ in node.value if other.value == key.value and other is not key]
+        if twins and isinstance(key.value, str):
+            mark = max(key.start_mark, *(t.start_mark for t in twins), key=lambda m: m.index)
+            raise DocumentError(f"{path}:{mark.line + 1}:{mark.column + 1}: {key.value} is given twice; keep one")
+        _refuse_repeated_keys(path, value)
+    for item in node.value if node.id == "sequence" else ():
+        _refuse_repeated_keys(path, item)
 
 
 def sha256_file(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["FAMILIES", "tiny_mixtral", "tiny_olmoe", "tiny_qwen3_moe", "tiny_checkpoint"]
+__all__ = ["FAMILIES", "tiny_mixtral", "tiny_olmoe", "tiny_qwen2_moe", "tiny_qwen3_moe", "tiny_checkpoint"]
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -151,7 +151,38 @@ def tiny_olmoe(
     return _save(directory, config, seed, dtype, max_shard_size)
 
 
-FAMILIES = {"mixtral": tiny_mixtral, "olmoe": tiny_olmoe, "qwen3_moe": tiny_qwen3_moe}
+def tiny_qwen2_moe(
+    directory: Path,
+    layers: int = 2,
+    hidden: int = 64,
+    intermediate: int = 64,
+    experts: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """A random Qwen2-MoE: beside the experts, each layer has a shared one that every token uses."""
+    from transformers import Qwen2MoeConfig
+
+    config = Qwen2MoeConfig(
+        **_common(
+            layers,
+            hidden,
+            moe_intermediate_size=intermediate,
+            shared_expert_intermediate_size=2 * intermediate,
+            intermediate_size=2 * intermediate,
+            num_experts=experts,
+        )
+    )
+    return _save(directory, config, seed, dtype, max_shard_size)
+
+
+FAMILIES = {
+    "mixtral": tiny_mixtral,
+    "olmoe": tiny_olmoe,
+    "qwen2_moe": tiny_qwen2_moe,
+    "qwen3_moe": tiny_qwen3_moe,
+}
 
 
 def tiny_checkpoint(directory: Path, family: str = "mixtral", **settings: object) -> Path:

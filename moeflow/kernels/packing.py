@@ -7,6 +7,8 @@ straddles a word.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -31,16 +33,22 @@ def unpack(words: Tensor, high: Tensor | None, bits: int) -> Tensor:
     return _unpack_plane(words, bits)
 
 
+@cache
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Where a word's fields begin; made once, since decoding asks for it a hundred times a token."""
+    return torch.arange(32 // bits, dtype=torch.int32, device=device) * bits
+
+
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     per_word = 32 // bits
-    shifts = torch.arange(per_word, dtype=torch.int32, device=codes.device) * bits
     grouped = codes.to(torch.int32).view(rows, columns // per_word, per_word)
-    return (grouped << shifts).sum(-1, dtype=torch.int32)  # bits are disjoint: the sum is an OR
+    return (grouped << _shifts(bits, codes.device)).sum(-1, dtype=torch.int32)  # bits are disjoint: the sum is an OR
 
 
 def _unpack_plane(words: Tensor, bits: int) -> Tensor:
     rows, columns = words.shape
-    shifts = torch.arange(32 // bits, dtype=torch.int32, device=words.device) * bits
-    fields = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # arithmetic shift: the mask drops the sign
+    fields = (words.unsqueeze(-1) >> _shifts(bits, words.device)) & (
+        (1 << bits) - 1
+    )  # arithmetic shift: the mask drops the sign
     return fields.view(rows, columns * (32 // bits))

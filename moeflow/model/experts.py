@@ -57,14 +57,14 @@ class ExpertRunner:
         """
         tokens, top_k = top_k_index.shape
         chosen, guesses = self._ids(layer, hidden_states, top_k_index)
-        groups = _Groups(chosen, top_k_index.device)
+        groups = _Groups(chosen, top_k, top_k_index.device)
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[1])  # [T * K, H]
         flat_weights = weights.reshape(-1, 1)
         layout = self.manifest.layout_of(layer)
         for expert, blob in self._blobs(layer, groups.experts, chosen, guesses):
-            rows = groups.rows(expert)
-            result = self._expert(module, layout, blob, hidden_states[rows // top_k])
-            outputs[rows] = (result * flat_weights[rows]).to(outputs.dtype)
+            users, choices = groups.of(expert)
+            result = self._expert(module, layout, blob, hidden_states[users])
+            outputs[choices] = (result * flat_weights[choices]).to(outputs.dtype)
         return outputs.view(tokens, top_k, -1).sum(dim=1)
 
     def _ids(self, layer: int, hidden_states: Tensor, index: Tensor) -> tuple[list[int], list[tuple[int, int]]]:
@@ -109,22 +109,34 @@ class ExpertRunner:
         return functional.linear(module._apply_gate(functional.linear(x, gate_up)), down)
 
 
+Rows = Tensor | slice
+
+
 class _Groups:
     """Tokens by expert."""
 
-    def __init__(self, chosen: list[int], device: torch.device):
-        order = sorted(range(len(chosen)), key=chosen.__getitem__)  # stable: tokens stay in their order
-        self._order = torch.tensor(order, device=device)
-        self._ranges: dict[int, tuple[int, int]] = {}
-        for position, choice in enumerate(order):
-            begin, _ = self._ranges.get(chosen[choice], (position, position))
-            self._ranges[chosen[choice]] = (begin, position + 1)
-        self.experts = list(self._ranges)
+    def __init__(self, chosen: list[int], top_k: int, device: torch.device):
+        places: dict[int, list[int]] = {}
+        for position, expert in enumerate(chosen):
+            places.setdefault(expert, []).append(position)
+        self.experts = sorted(places)
+        self._places = places
+        self._ranges: dict[int, slice] = {}
+        if len(chosen) == top_k:  # one token: slices need no index on the device, whose transfer would stall decoding
+            return
+        end = 0
+        for expert in self.experts:
+            self._ranges[expert] = slice(end, end := end + len(places[expert]))
+        self._choices = torch.tensor([p for e in self.experts for p in places[e]], device=device)  # [T * K]
+        self._users = self._choices // top_k
 
-    def rows(self, expert: int) -> Tensor:
-        """Positions in the flattened choices [T * K] that fell on `expert`."""
-        begin, end = self._ranges[expert]
-        return self._order[begin:end]
+    def of(self, expert: int) -> tuple[Rows, Rows]:
+        """Rows of the hidden states [T] that chose `expert`, and their places among the flat choices [T * K]."""
+        if not self._ranges:
+            place = self._places[expert][0]
+            return slice(0, 1), slice(place, place + 1)
+        span = self._ranges[expert]
+        return self._users[span], self._choices[span]
 
 
 def offloaded_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

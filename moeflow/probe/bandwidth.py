@@ -140,4 +140,5 @@ def _cuda_memory(nbytes: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(RuntimeError):  # after an error of CUDA there may be nothing left to ask
             torch.cuda.empty_cache()
-            torch.accelerator.empty_host_cache()
+            if hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has none; its pinned buffer is reused
+                torch.accelerator.empty_host_cache()

@@ -45,10 +45,10 @@ class Document(Part):
         if not isinstance(data, dict):
             raise DocumentError(f"{source}: a {cls.kind} is a mapping of keys, this is {type(data).__name__}")
         found = data.get("format_version", cls.version)
-        if isinstance(found, int) and found > cls.version:
+        if type(found) is not int or found != cls.version:
+            remedy = "upgrade moeflow" if type(found) is int and found > cls.version else f"write {cls.version}"
             raise DocumentError(
-                f"{source}: format_version is {found}; this moeflow reads {cls.kind} version {cls.version}: "
-                "upgrade moeflow"
+                f"{source}: format_version is {found!r}; this moeflow reads {cls.kind} version {cls.version}: {remedy}"
             )
         try:
             return cls.model_validate(data)

@@ -19,7 +19,7 @@ __all__ = ["describe"]
 def describe(model: type[BaseModel], data: Any, fault: Mapping[str, Any]) -> str:
     """One line for one fault of `data` against `model`, without the file name."""
     path, branch = _strip_branches(data, fault["loc"])
-    place = ".".join(str(p) for p in path) or "the document"
+    place = ".".join(_shorten(step) for step in path) or "the document"
     kind, context = fault["type"], fault.get("ctx", {})
     if kind == "missing":
         return f"{place} is missing; it is required"
@@ -80,5 +80,5 @@ def _plain_list(expected: str) -> str:
 
 
 def _shorten(value: Any) -> str:
-    text = value if isinstance(value, str) and value else repr(value)
+    text = value if isinstance(value, str) and value and value.isprintable() else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.quantization import Quantization
-from moeflow.schema.units import Auto, AutoCount, AutoSize
+from moeflow.schema.units import AutoCount, AutoSize
 
 __all__ = ["Cache", "Prefetch", "Memory", "Profile", "Policy", "Predictor", "Strategy", "Dtype"]
 
@@ -70,7 +70,7 @@ class Profile(Document):
     memory: Memory = Memory()
     context_length: int = Field(default=4096, ge=1)
     """Tokens of prompt and answer together."""
-    dtype: Dtype | Auto = "auto"
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Of activations: auto is bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU."""
     strategy: Strategy = "full"
     """The paper's ablation: full; without guesses; without cache and guesses; naive, whole layers."""

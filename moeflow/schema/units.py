@@ -6,28 +6,29 @@ KiB (GB or MB a second for rates) is written so.
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field, PlainSerializer, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 __all__ = ["Size", "Rate", "Auto", "AutoSize", "AutoCount", "format_size", "format_rate"]
 
 Auto = Literal["auto"]
 
-_BYTES = TypeAdapter(ByteSize)
 _SIZE_STEPS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+_WRITTEN = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgtp]i?b|b)?\s*", re.IGNORECASE)
 
 
 def _to_bytes(value: Any, example: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected a size such as {example}")
-    try:
-        size = int(_BYTES.validate_python(value))
-    except ValidationError:
-        raise ValueError(f"expected a size such as {example}") from None
-    if size < 0:
-        raise ValueError("a size cannot be negative")
-    return size
+    """Whole bytes of a number or of text such as `1.5 GiB`; pydantic's own ByteSize would take `1,5GiB` for 5 GiB."""
+    if isinstance(value, str) and (written := _WRITTEN.fullmatch(value)):
+        prefix = (written["unit"] or "b").lower().removesuffix("b")
+        step = (1024 if prefix.endswith("i") else 1000) ** " kmgtp".index(prefix[:1] or " ")
+        return int(Decimal(written["number"]) * step)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"expected a size such as {example}")
 
 
 def _parse_size(value: Any) -> int:
@@ -39,11 +40,16 @@ def _parse_auto_size(value: Any) -> int | str:
 
 
 def _parse_rate(value: Any) -> int:
-    if isinstance(value, str):
-        if not value.rstrip().endswith("/s"):
-            raise ValueError("expected a rate such as 12.5GB/s")
-        value = value.rstrip()[:-2]
-    return _to_bytes(value, "12.5GB/s")
+    text = value.rstrip() if isinstance(value, str) else value
+    try:
+        if isinstance(text, str) and not text.endswith("/s"):
+            raise ValueError
+        rate = _to_bytes(text.removesuffix("/s") if isinstance(text, str) else text, "")
+    except ValueError:
+        rate = 0
+    if not rate:
+        raise ValueError("expected a rate such as 12.5GB/s")
+    return rate
 
 
 def _parse_auto_count(value: Any) -> int | str:
@@ -61,20 +67,25 @@ def _write_size(value: int | str) -> int | str:
 
 
 def _write_rate(value: int) -> int | str:
-    return f"{value / 1e9:g}GB/s" if value % 10_000_000 == 0 and value else value
+    """In GB/s where two decimals say it exactly."""
+    return f"{Decimal(value) / 10**9:f}GB/s" if value % 10_000_000 == 0 else value
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def format_size(size: float) -> str:
     """`size` bytes for people, to three digits: `1.95 GiB`."""
     for unit, step in _SIZE_STEPS:
         if abs(size) >= step:
-            return f"{size / step:.3g} {unit}" if size / step < 1000 else f"{size / step:,.0f} {unit}"
+            return f"{_three_digits(size / step)} {unit}"
     return f"{size:.0f} B"
 
 
 def format_rate(rate: float) -> str:
     """`rate` bytes a second for people, in the decimal units that links are sold by: `12.3 GB/s`."""
-    return f"{rate / 1e9:.3g} GB/s"
+    return f"{_three_digits(rate / 1e9)} GB/s"
 
 
 _SIZE_SCHEMA = {"type": ["string", "integer"], "examples": ["11GiB", "512MiB"]}
