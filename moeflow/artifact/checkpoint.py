@@ -96,6 +96,8 @@ class Checkpoint:
         if not config_file.is_file():
             raise CheckpointError(f"{directory}: not a checkpoint: it has no config.json")
         config = read_document(config_file)
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{config_file}: a config is a mapping of keys, this is {type(config).__name__}")
         files = _weight_files(directory)
         tensors = {name: info for file in files for name, info in read_header(file, CheckpointError).tensors.items()}
         checkpoint = cls(directory, config, tensors)
@@ -117,10 +119,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.directory}: no experts found; a {self.family.model_type} names them {self.family.experts}"
             )
+        for index in range(self.number("num_hidden_layers")):
+            if index not in found and f"{self.family.router.format(layer=index)}.weight" in self.resident:
+                raise CheckpointError(
+                    f"{self.directory}: layer {index} has a router and no experts; the download may be incomplete"
+                )
         return tuple(self._layer(index, found[index]) for index in sorted(found))
 
     def _layer(self, index: int, experts: dict[int, dict[str, str]]) -> MoeLayer:
-        count = max(experts) + 1
+        count = max(max(experts) + 1, self._expert_count)
         for expert in range(count):
             missing = {"gate", "up", "down"} - set(experts.get(expert, {}))
             if missing:
@@ -132,6 +139,11 @@ class Checkpoint:
         expected = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
         for expert in range(count):
             for role, name in experts[expert].items():
+                if self.tensors[name].dtype != self.tensors[experts[0]["gate"]].dtype:
+                    raise CheckpointError(
+                        f"{self.directory}: {name} is stored as {self.tensors[name].dtype}, "
+                        f"the layer's first expert as {self.tensors[experts[0]['gate']].dtype}"
+                    )
                 if self.tensors[name].shape != expected[role]:
                     raise CheckpointError(
                         f"{self.directory}: {name} has shape {list(self.tensors[name].shape)}, "
@@ -157,7 +169,32 @@ class Checkpoint:
     @property
     def top_k(self) -> int:
         """Experts that the router chooses per token."""
-        return int(self.config["num_experts_per_tok"])
+        return self.number("num_experts_per_tok")
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Keys and values that one token adds to the cache, over all layers."""
+        query_heads = self.number("num_attention_heads")
+        heads = self.config.get("num_key_value_heads") or query_heads
+        head_dim = self.config.get("head_dim") or self.number("hidden_size") // query_heads
+        return int(2 * self.number("num_hidden_layers") * heads * head_dim)
+
+    @property
+    def _expert_count(self) -> int:
+        """Experts per layer by the config, under the names that families use; 0 if it has none of them."""
+        names = ("num_local_experts", "num_experts", "n_routed_experts")
+        return next((self.number(name) for name in names if self.config.get(name)), 0)
+
+    def number(self, key: str) -> int:
+        """A whole number of the config.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        value = self.config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise CheckpointError(f"{self.directory / 'config.json'}: {key} is {value!r}, a whole number is needed")
+        return value
 
     @property
     def max_context(self) -> int:
@@ -188,7 +225,7 @@ class Checkpoint:
 def _weight_files(directory: Path) -> list[Path]:
     index_file = directory / "model.safetensors.index.json"
     if index_file.is_file():
-        named = sorted(set(read_document(index_file)["weight_map"].values()))
+        named = sorted(set(_weight_map(index_file).values()))
         missing = [name for name in named if not (directory / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -202,12 +239,20 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def _weight_map(index_file: Path) -> dict[str, str]:
+    index = read_document(index_file)
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index_file}: has no weight_map of tensor names to files; fetch it again")
+    return found
+
+
 def _check_complete(checkpoint: Checkpoint) -> None:
     """Compare the tensors found with the index, where there is one."""
     index_file = checkpoint.directory / "model.safetensors.index.json"
     if not index_file.is_file():
         return
-    missing = set(read_document(index_file)["weight_map"]) - set(checkpoint.tensors)
+    missing = set(_weight_map(index_file)) - set(checkpoint.tensors)
     if missing:
         raise CheckpointError(
             f"{checkpoint.directory}: {len(missing)} tensors of the index are in no file, first {min(missing)}"

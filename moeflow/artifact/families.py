@@ -62,18 +62,12 @@ class Family:
         """Whether the attention scheme applies to this parameter."""
         return re.search(self.attention, name) is not None
 
-    def kv_values_per_token(self, config: Mapping[str, Any]) -> int:
-        """Keys and values that one token adds to the cache, over all layers."""
-        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        return int(2 * config["num_hidden_layers"] * heads * head_dim)
-
 
 def _qwen_like(model_type: str) -> Family:
     """Families that name an expert's matrices gate_proj, up_proj and down_proj under `mlp.experts`."""
     return Family(
         model_type=model_type,
-        experts=r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(?P<projection>\w+)_proj\.weight",
+        experts=r"model\.layers\.(?P<layer>\d+)\.mlp\.experts\.(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight",
         roles={"gate": "gate", "up": "up", "down": "down"},
     )
 

@@ -13,7 +13,7 @@ from math import prod
 from moeflow.errors import DocumentError
 from moeflow.schema import BlobLayout, DenseScheme, PackedMatrix, Scheme, Segment
 
-__all__ = ["PAGE", "packed_matrix", "blob_layout", "expert_layout", "matrix_nbytes"]
+__all__ = ["PAGE", "packed_matrix", "blob_layout", "expert_layout"]
 
 PAGE = 4096
 ALIGNMENT = 256  # of every part inside a blob: a warp's widest row of 16-byte loads is 512, a sector 32
@@ -39,10 +39,11 @@ def _parts(scheme: Scheme, rows: int, columns: int, dense: str) -> list[tuple[st
 def _check_columns(name: str, scheme: Scheme, columns: int) -> None:
     if isinstance(scheme, DenseScheme):
         return
-    step = max(scheme.group_size, 32 if scheme.bits == 3 else 32 // scheme.bits)
-    if columns % step:
-        fitting = [g for g in (256, 128, 64, 32, 16) if columns % g == 0 and (scheme.bits != 3 or g >= 32)]
+    word = 32 // (1 if scheme.bits == 3 else scheme.bits)  # columns in a word of the narrowest plane
+    if columns % scheme.group_size or columns % word:
+        fitting = [g for g in (256, 128, 64, 32, 16) if columns % g == 0 and columns % word == 0]
         remedy = f"group_size {', '.join(map(str, fitting))} would fit" if fitting else "use backend none"
+        step = max(scheme.group_size, word)
         raise DocumentError(f"{name} has {columns} inputs, not a multiple of {step} ({scheme.label}); {remedy}")
 
 
@@ -62,11 +63,6 @@ def packed_matrix(name: str, rows: int, columns: int, scheme: Scheme, dense: str
         )
         offset += nbytes
     return PackedMatrix(name=name, rows=rows, columns=columns, scheme=scheme, segments=tuple(segments))
-
-
-def matrix_nbytes(scheme: Scheme, rows: int, columns: int, dense: str) -> int:
-    """Bytes of one matrix, scales and zeros counted, padding not."""
-    return sum(prod(shape) * _ITEM[dtype] for _, dtype, shape in _parts(scheme, rows, columns, dense))
 
 
 def blob_layout(matrices: Iterable[tuple[str, int, int]], scheme: Scheme, dense: str) -> BlobLayout:

@@ -44,7 +44,8 @@ def encode(matrix: PackedMatrix, weights: Sequence[Tensor], quantizer: Quantizer
         segment_view(blob, segment).copy_(value.view(segment.shape))
     restored = dequantize(matrix, parts_of(matrix, blob), torch.float32).to(weights[0].device)
     original = torch.cat([w.float() for w in weights])
-    return _square_sum(restored.sub_(original)), _square_sum(original)
+    weight = _square_sum(original)
+    return _square_sum(original.sub_(restored)), weight  # not in place of `restored`, which may be the blob itself
 
 
 def _arrays(matrix: PackedMatrix, stored: Sequence[AffineCodes | Tensor]) -> list[Tensor]:

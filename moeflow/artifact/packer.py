@@ -13,18 +13,20 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moeflow import __version__
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.layout import expert_layout, packed_matrix
 from moeflow.artifact.reader import MANIFEST
 from moeflow.artifact.records import Records
 from moeflow.artifact.shards import Written, write_experts, write_resident
-from moeflow.errors import CapacityError
-from moeflow.files import atomic_writer, sha256_file, storage_errors
+from moeflow.errors import CapacityError, UsageError
+from moeflow.files import atomic_writer, storage_errors
 from moeflow.progress import Progress, silent
 from moeflow.schema import (
     BlobLayout,
@@ -71,6 +73,7 @@ class Packer:
 
     Raises:
         DocumentError: a group size does not fit the model's dimensions.
+        UsageError: the output is the checkpoint's own directory.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class Packer:
         self.output = output
         self.progress = progress
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if output.resolve() == checkpoint.directory.resolve():
+            raise UsageError(f"{output}: is the checkpoint itself; choose another directory for the artifact")
         self.records = Records(output / ".moeflow")
         shapes = dict.fromkeys((layer.hidden, layer.intermediate) for layer in checkpoint.layers)
         self.layouts: dict[tuple[int, int], BlobLayout] = {
@@ -121,32 +126,41 @@ class Packer:
         return [*units, _Unit(RESIDENT_SHARD, "attention, embeddings, norms", key, nbytes, None)]
 
     def _key(self, names: list[str], settings: Any) -> str:
-        """Equal keys: same stored bytes, same settings, same kind of device, so the same shard."""
-        content = [self.checkpoint.fingerprint(names), settings, self.device.type]
+        """Equal keys: same stored bytes, settings, kind of device and code, so the same shard."""
+        code = [__version__, version("hqq")]
+        content = [self.checkpoint.fingerprint(names), settings, self.device.type, code]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def finished(self) -> bool:
-        """Whether the output holds what `run` would write."""
-        done = (self.output / MANIFEST).is_file()
-        return done and all(self.records.load(unit.shard, unit.key) for unit in self.units())
+        """Whether the output holds exactly what `run` would write."""
+        path = self.output / MANIFEST
+        if not path.is_file() or not all(self.records.load(unit.shard, unit.key) for unit in self.units()):
+            return False
+        files = {name: hashlib.sha256(content).hexdigest() for name, content in self._companions().items()}
+        kept = all((self.output / name).is_file() for name in files)
+        return kept and path.read_text() == self._manifest(self.units(), files).to_json()
 
     def run(self) -> Manifest:
-        """Make what is missing and write the manifest.
+        """Make what is missing and write the manifest; does nothing where all is there.
 
         Raises:
             CapacityError: the disk has less room than the missing shards need.
             StorageError: the directory cannot be written; shards already recorded are kept.
         """
+        if self.finished():
+            return Manifest.load(self.output / MANIFEST)
         units = self.units()
         missing = [unit for unit in units if not self.records.load(unit.shard, unit.key)]
         total = sum(unit.nbytes for unit in missing)
         self._check_disk(total)
+        self.records.begin()
         with storage_errors(self.output / MANIFEST, "replace"):
             (self.output / MANIFEST).unlink(missing_ok=True)
         done = 0
         for unit in missing:
             self._make(unit, done, total)
             done += unit.nbytes
+        self.records.keep_only({unit.shard for unit in units})
         manifest = self._manifest(units, self._copy_companions())
         manifest.save(self.output / MANIFEST)
         return manifest
@@ -171,7 +185,8 @@ class Packer:
             layout = self.layouts[layer.hidden, layer.intermediate]
             written = write_experts(path, self.checkpoint, layer, layout, self.device, advance)
         entry = self._layer_entry(unit.layer, written) if unit.layer is not None else None
-        note = entry.model_dump(mode="json") if entry else {"relative_error": written.relative_error}
+        resident = {"relative_error": written.relative_error, "nbytes": written.shard.nbytes - written.data_offset}
+        note = entry.model_dump(mode="json") if entry else resident
         self.records.save(unit.shard, unit.key, written.shard, note)
 
     def _advance(self, title: str, done: int, total: int) -> Callable[[int], None]:
@@ -198,15 +213,21 @@ class Packer:
             relative_error=written.relative_error,
         )
 
-    def _copy_companions(self) -> dict[str, str]:
+    def _companions(self) -> dict[str, bytes]:
+        """Small files of the checkpoint that the artifact carries along."""
         found = {path for pattern in COMPANIONS for path in self.checkpoint.directory.glob(pattern) if path.is_file()}
-        digests = {}
+        contents = {}
         for path in sorted(found):
             with storage_errors(path, "read"):
-                content = path.read_bytes()
-            with atomic_writer(self.output / path.name) as stream:
+                contents[path.name] = path.read_bytes()
+        return contents
+
+    def _copy_companions(self) -> dict[str, str]:
+        digests = {}
+        for name, content in self._companions().items():
+            with atomic_writer(self.output / name) as stream:
                 stream.write(content)
-            digests[path.name] = sha256_file(self.output / path.name)
+            digests[name] = hashlib.sha256(content).hexdigest()
         return digests
 
     def _manifest(self, units: list[_Unit], files: dict[str, str]) -> Manifest:
@@ -222,7 +243,7 @@ class Packer:
             resident_shard=RESIDENT_SHARD,
             resident=tuple(self.resident.values()),
             resident_error=notes[-1]["relative_error"],
-            resident_nbytes=shards[-1].nbytes,
+            resident_nbytes=notes[-1]["nbytes"],
             shards=tuple(shards),
             files=files,
         )
@@ -237,6 +258,6 @@ class Packer:
             parameters=checkpoint.parameters(),
             expert_parameters=checkpoint.parameters(experts_only=True),
             top_k=checkpoint.top_k,
-            kv_values_per_token=checkpoint.family.kv_values_per_token(checkpoint.config),
+            kv_values_per_token=checkpoint.kv_values_per_token,
             max_context=checkpoint.max_context,
         )

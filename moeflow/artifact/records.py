@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moeflow.files import write_json
+from moeflow.files import storage_errors, write_json
 from moeflow.schema import Shard
 
 __all__ = ["Records"]
@@ -28,9 +28,22 @@ class Records:
         try:
             record: dict[str, Any] = json.loads((self.directory / f"{shard}.json").read_text())
             size = (self.directory.parent / shard).stat().st_size
-        except (OSError, ValueError):
+            return record if record["key"] == key and record["shard"]["nbytes"] == size else None
+        except (OSError, ValueError, TypeError, KeyError):
             return None
-        return record if record.get("key") == key and record["shard"]["nbytes"] == size else None
+
+    def begin(self) -> None:
+        """Make the directory: it tells that packing began."""
+        with storage_errors(self.directory, "create"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def keep_only(self, shards: set[str]) -> None:
+        """Remove shards, and their records, that an earlier model of this directory left behind."""
+        with storage_errors(self.directory, "tidy"):
+            for record in self.directory.glob("*.safetensors.json"):
+                if (name := record.name.removesuffix(".json")) not in shards:
+                    (self.directory.parent / name).unlink(missing_ok=True)
+                    record.unlink()
 
     def save(self, name: str, key: str, shard: Shard, entry: dict[str, Any]) -> None:
         """Note that `shard` is finished."""

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from moeflow.artifact.layout import PAGE
-from moeflow.errors import MoeflowError
+from moeflow.errors import CheckpointError, MoeflowError
 from moeflow.files import atomic_writer, storage_errors
 from moeflow.schema import Shard
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorInfo", "Header", "ShardWriter", "read_header", "read_tensor", "shard_writer"]
 
-ITEM = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "BOOL": 1, "F8_E4M3": 1}
+ITEM = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def read_header(file: Path, error: type[MoeflowError]) -> Header:
             entries = json.loads(stream.read(start - 8))
             entries.pop("__metadata__", None)
             tensors = {name: _info(file, name, entry, start) for name, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
             raise error(f"{file}: not a safetensors file: its header cannot be parsed ({fault})") from fault
     end = max((t.offset + t.nbytes for t in tensors.values()), default=start)
     if end != size:
@@ -76,17 +79,25 @@ def read_header(file: Path, error: type[MoeflowError]) -> Header:
     return Header(start, tensors)
 
 
-def _info(file: Path, name: str, entry: dict[str, list[int]], start: int) -> TensorInfo:
+def _info(file: Path, name: str, entry: dict[str, Any], start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
+    dtype, shape = str(entry["dtype"]), entry["shape"]
+    if dtype not in ITEM:
+        raise ValueError(f"{name} is stored as {dtype}; known: {', '.join(ITEM)}")
+    if any(type(n) is not int or n < 0 for n in (begin, end, *shape)) or end - begin != prod(shape) * ITEM[dtype]:
+        raise ValueError(f"{name}: bytes {begin} to {end} do not hold {dtype} {shape}")
     return TensorInfo(file, name, str(entry["dtype"]), tuple(entry["shape"]), start + begin, end - begin)
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
     """Load one tensor into host memory."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with storage_errors(info.file, "read"), safe_open(info.file, framework="pt") as reader:
-        tensor: torch.Tensor = reader.get_tensor(info.name)
+    try:
+        with storage_errors(info.file, "read"), safe_open(info.file, framework="pt") as reader:
+            tensor: torch.Tensor = reader.get_tensor(info.name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{info.file}: {info.name} cannot be read: {error}; fetch this file again") from error
     return tensor
 
 

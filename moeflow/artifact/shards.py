@@ -17,6 +17,7 @@ from torch import Tensor
 from moeflow.artifact.checkpoint import Checkpoint, MoeLayer
 from moeflow.artifact.matrix import encode, parts_of
 from moeflow.artifact.safetensors import ShardWriter, shard_writer
+from moeflow.errors import CheckpointError
 from moeflow.quantization.registry import quantizer_for
 from moeflow.schema import BlobLayout, PackedMatrix, Shard
 
@@ -66,7 +67,7 @@ def write_experts(
     with shard_writer(path, entries) as writer:
         for names in layer.experts:
             for matrix in layout.matrices:
-                weights = [checkpoint.read(names[role]).to(device) for role in _ROLES[matrix.name]]
+                weights = [_read(checkpoint, names[role], device) for role in _ROLES[matrix.name]]
                 error.add(encode(matrix, weights, quantizers[matrix.name], blob))
             writer.write(blob.numpy().data)
             advance(layout.nbytes)
@@ -84,7 +85,7 @@ def write_resident(
     error = _Error()
     with shard_writer(path, _resident_entries(checkpoint, packed)) as writer:
         for name, stored in checkpoint.resident.items():
-            tensor = checkpoint.read(stored)
+            tensor = _read(checkpoint, stored, torch.device("cpu"))
             if matrix := packed.get(name):
                 last = matrix.segments[-1]
                 blob = torch.zeros(last.offset + last.nbytes, dtype=torch.uint8)
@@ -95,6 +96,14 @@ def write_resident(
                 writer.write(_bytes(tensor))
             advance(checkpoint.tensors[stored].nbytes)
     return _written(writer, error)
+
+
+def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
+    """A tensor of the checkpoint, on `device`; one NaN would spoil a group of weights and every sum after it."""
+    tensor = checkpoint.read(name).to(device)
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{checkpoint.tensors[name].file}: {name} holds NaN or infinity; fetch this file again")
+    return tensor
 
 
 def _resident_entries(checkpoint: Checkpoint, packed: Mapping[str, PackedMatrix]) -> list[Any]:

@@ -7,7 +7,7 @@ as it is, or refused with the numbers that would fit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import predict
@@ -56,6 +56,8 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile) ->
     fixed, stream_layers = _fixed(sizes, dtype, context, staging, limit, profile.strategy == "naive")
     slots = _slots(profile, sizes, hardware, limit - fixed.total)
     slot_bytes = sum(layer.blob_nbytes * k for layer, k in zip(sizes.layers, slots, strict=True))
+    if fixed.total + slot_bytes > limit and profile.strategy != "naive":  # slots that were asked for come first
+        fixed, stream_layers = replace(fixed, stream=0), 0
     if fixed.total + slot_bytes > limit:
         raise CapacityError(_too_much(profile, sizes, fixed, limit))
     ram_experts = _ram_experts(profile, sizes, hardware, fixed.total + slot_bytes)
@@ -136,7 +138,7 @@ def _fixed(
         # one matrix as int32 codes, as float32 and in its final dtype, and a prefill chunk's activations
         workspace=largest * (8 + item) + PREFILL_CHUNK * (64 << 10),
     )
-    without = _Fixed(parts.resident, parts.kv_cache, parts.staging, 0, parts.workspace)
+    without = replace(parts, stream=0)
     if must_stream or parts.stream <= (limit - without.total) // 2:
         return parts, 2
     return without, 0
@@ -184,6 +186,11 @@ def _ram_experts(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile,
         raise CapacityError(
             f"memory.ram is {format_size(profile.memory.ram)}; {hardware.name} has {format_size(hardware.ram)}: "
             "lower it or set it to auto"
+        )
+    elif hardware.gpu is None and on_device + profile.memory.ram > hardware.ram:
+        raise CapacityError(
+            f"memory.ram is {format_size(profile.memory.ram)} beside {format_size(on_device)} for slots and weights; "
+            f"{hardware.name} has {format_size(hardware.ram)} for both: lower it or set it to auto"
         )
     else:
         budget = profile.memory.ram

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from moeflow.artifact.checkpoint import Checkpoint
-from moeflow.artifact.layout import expert_layout, matrix_nbytes
+from moeflow.artifact.layout import expert_layout, packed_matrix
 from moeflow.schema import DenseScheme, Manifest, Quantization
 
 __all__ = ["LayerSize", "ModelSizes", "ITEM_SIZE"]
@@ -81,7 +81,8 @@ class ModelSizes:
             info = checkpoint.tensors[stored]
             if checkpoint.family.is_attention(name) and not isinstance(quantization.attention, DenseScheme):
                 rows, columns = info.shape
-                packed += matrix_nbytes(quantization.attention, rows, columns, checkpoint.dtype)
+                matrix = packed_matrix(name, rows, columns, quantization.attention, checkpoint.dtype)
+                packed += sum(segment.nbytes for segment in matrix.segments)
             else:
                 dense += info.nbytes
         return cls(
@@ -90,6 +91,6 @@ class ModelSizes:
             checkpoint.dtype,
             packed,
             dense,
-            checkpoint.family.kv_values_per_token(checkpoint.config),
+            checkpoint.kv_values_per_token,
             checkpoint.max_context,
         )

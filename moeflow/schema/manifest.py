@@ -1,7 +1,7 @@
 """What a packed model is: `manifest.json` in an artifact, written last, so that an artifact that has one is whole.
 
 It holds all that another reader needs: which byte of which file is which part of which matrix. Byte order is
-little-endian. The bytes are the same for the same checkpoint and settings, whenever and wherever packed.
+little-endian. The bytes are the same for the same checkpoint, settings and kind of device, whenever packed.
 """
 
 from __future__ import annotations
