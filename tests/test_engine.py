@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
 
 import moeflow
+from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
 from moeflow.errors import ArtifactError, UsageError
 from moeflow.offload.policy import LruPolicy
+from moeflow.pipeline import plan_offload
 
 # Engine and reference do the same float32 operations in the same order, but a matrix product over one token rounds
 # differently from one over many: each rounding is 6e-8 relative, and some tens of them add up over two or three layers.
@@ -140,11 +143,26 @@ def test_prefill_through_the_cache_equals_streaming(tiny_checkpoint: Path, packe
         streamed = engine.logits(ids)
         assert engine.traffic.streamed_bytes > 0
     plan = moeflow.Plan.load(artifact / "plan.json").model_copy(update={"stream_layers": 0, "staging_slots": 1})
-    from moeflow.artifact.reader import Artifact
-
     with Engine(Artifact.open(artifact), plan) as engine:
         assert torch.equal(engine.logits(ids), streamed)
         assert engine.traffic.streamed_bytes == 0
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("k", [1, 2, 4, 7])
+def test_prompts_and_decoding_in_turn_always_compute_with_the_right_blob(
+    tiny_checkpoint: Path, packed: Packed, strategy: str, k: int
+) -> None:
+    """One engine, many generations: streaming, warming, eviction and left-over guesses meet in every order."""
+    rng = random.Random(seed := random.randrange(1 << 30))
+    print(f"seed {seed}")
+    artifact = packed(tiny_checkpoint, hqq(4))
+    plan = plan_offload(artifact, {"experts_per_layer": k, "strategy": strategy}, save=False)
+    tight = plan.model_copy(update={"staging_slots": rng.choice((1, 2, plan.staging_slots))})
+    with Engine(Artifact.open(artifact), tight) as engine:
+        _check_blobs(engine)
+        for _ in range(12):
+            engine.logits(random_ids(rng.randint(1, 30)), chunk=rng.choice((1, 3, 512)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -252,6 +270,20 @@ def _tokens(engine: Engine, ids: list[int], count: int) -> list[int]:
     from moeflow.generation import Sampler, TokenStream
 
     return list(TokenStream(engine, ids, count, Sampler(0.0), set()))
+
+
+def _check_blobs(engine: Engine) -> None:
+    """Compare every blob that is computed with, before and after, to the one in the store."""
+    runner, _ = engine._model.get_submodule(engine.artifact.manifest.layers[0].module).moeflow
+    original = runner._blobs
+
+    def checked(layer: int, *arguments: object) -> Iterator[tuple[int, torch.Tensor]]:
+        for expert, blob in original(layer, *arguments):
+            assert torch.equal(blob, engine._store.view(layer, expert)), f"layer {layer}, expert {expert}"
+            yield expert, blob
+            assert torch.equal(blob, engine._store.view(layer, expert)), f"layer {layer}, expert {expert}, after"
+
+    runner._blobs = checked
 
 
 def _record_routes(engine: Engine) -> list[list[list[int]]]:

@@ -119,12 +119,17 @@ class ExpertCache:
         return {expert: state.pool.memory[buffer] for expert, buffer in state.slots.items()}
 
     def warm(self, layer: int, recent: Sequence[tuple[int, Tensor]]) -> None:
-        """After prefill: keep the experts used last (last one last), copying blobs that lie elsewhere on the device."""
+        """After prefill: keep the experts used last (last one last), copying blobs that lie elsewhere on the device.
+
+        Those that are cached are touched before any other is admitted, and never copied: once evicted, their blob,
+        which lies in their slot, may be overwritten.
+        """
         state = self._layers[layer]
+        cached = [expert for expert, _ in recent if expert in state.slots]
+        for expert in cached:
+            state.policy.touch(expert)
         for expert, blob in recent:
-            if expert in state.slots:
-                state.policy.touch(expert)
-            elif state.policy.capacity and expert not in state.landings and state.pool.free:
+            if state.policy.capacity and expert not in cached and expert not in state.landings and state.pool.free:
                 buffer = state.pool.free.popleft()
                 state.pool.memory[buffer].copy_(blob)
                 self._keep(state, expert, buffer)

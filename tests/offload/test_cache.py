@@ -154,6 +154,26 @@ def test_an_unused_guess_gives_way_to_need() -> None:
     assert link.asked == [(0, 0), (1, 1), (0, 2), (1, 1)]
 
 
+@pytest.mark.parametrize("staging", [1, 3])
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_warming_from_the_caches_own_slots_keeps_every_blob(policy: str, staging: int) -> None:
+    """Cached experts are handed back as views of their slots, which an eviction in between would overwrite."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    cache, _, _ = make_cache((4,), staging=staging, policy=policy)
+    for _ in range(300):
+        use(cache, 0, rng.sample(range(EXPERTS), rng.randint(1, 3)))
+        cached = cache.resident(0)
+        elsewhere = {e: torch.full((cache._layers[0].nbytes,), mark(0, e), dtype=torch.uint8) for e in range(EXPERTS)}
+        recent = rng.sample(range(EXPERTS), 4)
+        cache.warm(0, [(e, cached.get(e, elsewhere[e])) for e in recent])
+        for expert, blob in cache.resident(0).items():
+            assert torch.all(blob == mark(0, expert))
+        if policy == "lru":
+            assert set(recent) == set(cache.resident(0))
+
+
 def test_warming_keeps_the_most_recent() -> None:
     cache, link, _ = make_cache((2,), staging=1)
     blob = {e: torch.full((cache._layers[0].nbytes,), mark(0, e), dtype=torch.uint8) for e in range(EXPERTS)}
