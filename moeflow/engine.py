@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeflow.artifact.reader import Artifact
-from moeflow.errors import DeviceError, UsageError
+from moeflow.errors import CapacityError, DeviceError, UsageError
 from moeflow.generation import Generation, Sampler, Statistics, TokenStream
 from moeflow.model.build import build_model
 from moeflow.model.experts import ExpertRunner
@@ -27,6 +27,7 @@ from moeflow.offload.traffic import Traffic
 from moeflow.planning.planner import PREFILL_CHUNK
 from moeflow.progress import Progress, silent
 from moeflow.schema import Plan
+from moeflow.schema.units import format_size
 
 __all__ = ["Engine"]
 
@@ -47,13 +48,24 @@ class Engine:
         self.stats = Statistics()
         """Of the last generation."""
         self.device = _device(plan)
-        manifest = artifact.manifest
+        self._model: Any = None
         self._store = HostStore(artifact, plan.ram_experts, pin=plan.device == "cuda", progress=progress)
         self._link = make_link(self._store, self.device)
+        try:
+            self._model = self._build()
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(_out_of_memory(plan)) from error
+        finally:
+            if self._model is None:
+                self._link.close()
+                self._store.close()
+
+    def _build(self) -> Any:
+        manifest, plan = self.artifact.manifest, self.plan
         cache = ExpertCache(manifest, plan, self._link, self.device, self.traffic)
         stream = LayerStream(manifest, self._link, self.device, self.traffic) if plan.stream_layers else None
         runner = ExpertRunner(manifest, plan, cache, stream, getattr(torch, plan.dtype))
-        self._model: Any = build_model(artifact, plan, runner, self.device)
+        return build_model(self.artifact, plan, runner, self.device)
 
     # -- tokens and logits --------------------------------------------------------------------------------
 
@@ -246,6 +258,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _out_of_memory(plan: Plan) -> str:
+    free = f"{format_size(torch.cuda.mem_get_info()[0])} free now, " if torch.cuda.is_available() else ""
+    return (
+        f"device memory was refused: the plan for {plan.hardware} takes {format_size(plan.memory.total)}, {free}"
+        f"of which {format_size(plan.memory.slots)} for {max(plan.cache_slots)} experts per layer; end other programs "
+        "that use the device, or lower memory.vram, cache.experts_per_layer or context_length"
+    )
 
 
 def _device(plan: Plan) -> torch.device:

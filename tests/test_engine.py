@@ -13,8 +13,9 @@ from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
 import moeflow
 from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
-from moeflow.errors import ArtifactError, UsageError
+from moeflow.errors import ArtifactError, CapacityError, UsageError
 from moeflow.offload.policy import LruPolicy
+from moeflow.offload.store import HostStore
 from moeflow.pipeline import plan_offload
 
 # Engine and reference do the same float32 operations in the same order, but a matrix product over one token rounds
@@ -256,6 +257,38 @@ def test_damaged_blob_is_refused_at_load(tiny_checkpoint: Path, packed: Packed, 
     shard.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"experts-1\.safetensors: layer 1, expert 7 is damaged"):
         moeflow.load(broken)
+
+
+def test_refused_device_memory_says_what_was_planned(
+    tiny_checkpoint: Path, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("moeflow.engine.ExpertCache", refuse)
+    with pytest.raises(
+        CapacityError, match=r"plan for test-cpu takes .* for 3 experts per layer; .* lower memory\.vram"
+    ):
+        moeflow.load(packed(tiny_checkpoint), experts_per_layer=3)
+
+
+def test_without_page_locked_memory_ordinary_memory_serves(
+    tiny_checkpoint: Path, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch.empty
+
+    def refuse(*arguments: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return original(*arguments, **options)
+
+    artifact = Artifact.open(packed(tiny_checkpoint))
+    monkeypatch.setattr(torch, "empty", refuse)
+    store = HostStore(artifact, (8, 8), pin=True)
+    assert not store.pinned
+    blob = bytearray(store.nbytes(1))
+    artifact.read_blob(1, 5, memoryview(blob))
+    assert store.view(1, 5).numpy().tobytes() == bytes(blob)
 
 
 def test_closed_engine_says_so(tiny_checkpoint: Path, packed: Packed) -> None:

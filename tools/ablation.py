@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def summary(generations: list[moeflow.Generation]) -> dict[str, float]:
     return {
         "tokens_per_second": statistics.median(g.stats.tokens_per_second for g in generations),
         "hit_rate": sum(d.hits for d in decode) / uses if uses else 0.0,
-        "waits": sum(d.misses for d in decode) / uses if uses else 1.0,
+        "waits": sum(d.misses for d in decode) / uses if uses else math.nan,  # whole layers: no single use is counted
         "guesses_used": sum(d.guesses_used for d in decode) / guesses if guesses else 0.0,
         "kib_per_token": statistics.mean(g.stats.bytes_per_token for g in generations) / 1024,
     }
@@ -75,10 +76,12 @@ def plot(found: dict[str, dict[str, float]], title: str, path: Path) -> None:
                ("tokens_per_second", "tokens/s"))  # fmt: skip
     for panel, (key, label) in zip(panels, columns, strict=True):
         values = [found[row][key] * (100 if key == "waits" else 1) for row in ROWS][::-1]
-        bars = panel.barh(names, values, color=["#9aa5b1", "#7b8794", "#5b8db8", "#1f5f99"])
-        panel.bar_label(bars, fmt="%.0f", padding=3)
+        known = [0 if math.isnan(value) else value for value in values]
+        bars = panel.barh(names, known, color=["#9aa5b1", "#7b8794", "#5b8db8", "#1f5f99"])
+        labels = ["whole layers" if math.isnan(value) else f"{value:,.0f}" for value in values]
+        panel.bar_label(bars, labels, padding=3)
         panel.set_xlabel(label)
-        panel.set_xlim(0, max(values) * 1.18)
+        panel.set_xlim(0, max(known) * 1.2)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
@@ -96,7 +99,7 @@ def main() -> None:
     show(found)
     if arguments.plot:
         plot(found, f"Demo model, k = {arguments.k} of 8, greedy, same text in every row", arguments.plot)
-    print(json.dumps(found))
+    print(json.dumps(found).replace("NaN", "null"))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moeflow.errors import CapacityError
 from moeflow.offload.link import Link, Ticket
 from moeflow.offload.policy import CachePolicy, make_policy
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import Manifest, Plan
-from moeflow.schema.units import format_size
 
 __all__ = ["ExpertCache"]
 
@@ -29,13 +27,7 @@ class _Pool:
     """Buffers of one size on the device."""
 
     def __init__(self, count: int, nbytes: int, device: torch.device):
-        try:
-            self.memory = torch.empty(count, nbytes, dtype=torch.uint8, device=device)  # [buffers, blob bytes]
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                f"{format_size(count * nbytes)} of device memory for {count} expert slots refused; lower "
-                "cache.experts_per_layer or context_length, or plan anew with less memory.vram"
-            ) from error
+        self.memory = torch.empty(count, nbytes, dtype=torch.uint8, device=device)  # [buffers, blob bytes]
         self.free = deque(range(count))
 
 
