@@ -225,6 +225,7 @@ def chat(
         engine = pipeline.load(artifact, progress=progress, **changes)
     with engine:
         messages: list[dict[str, str]] = []
+        session = engine.session()
         say("an empty line ends the conversation")
         while line := _read_line():
             messages.append({"role": "user", "content": line})
@@ -237,6 +238,7 @@ def chat(
                 top_k=top_k,
                 top_p=top_p,
                 seed=seed,
+                session=session,
             )
             messages.append({"role": "assistant", "content": answer})
 

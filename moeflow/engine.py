@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeflow.artifact.reader import Artifact
 from moeflow.errors import CapacityError, DeviceError, UsageError
-from moeflow.generation import Generation, Sampler, Statistics, TokenStream
+from moeflow.generation import Generation, Sampler, Session, Statistics, TokenStream
 from moeflow.model.build import build_model
 from moeflow.model.experts import ExpertRunner
 from moeflow.offload.cache import ExpertCache
@@ -134,6 +134,7 @@ class Engine:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        session: Session | None = None,
     ) -> Iterator[str]:
         """Yield the answer piece by piece; `stats` is complete when it ends.
 
@@ -141,7 +142,7 @@ class Engine:
         """
         from tokenizers.decoders import DecodeStream
 
-        tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed)
+        tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed, session)
         decoder = DecodeStream(skip_special_tokens=True)
         for token in tokens:
             piece = decoder.step(self.tokenizer.backend_tokenizer, token)
@@ -156,6 +157,7 @@ class Engine:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        session: Session | None = None,
     ) -> Generation:
         """Continue a prompt.
 
@@ -166,11 +168,12 @@ class Engine:
             top_k: sample among the k likeliest.
             top_p: sample among the likeliest that together have this probability.
             seed: makes sampling repeatable.
+            session: from `session()`; what the prompt shares with the tokens already in it is not computed again.
 
         Raises:
             UsageError: prompt and answer do not fit the context length, or a setting is out of range.
         """
-        tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed)
+        tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed, session)
         ids = tuple(tokens)
         return Generation(self.tokenizer.decode(ids, skip_special_tokens=True), ids, tokens.stats)
 
@@ -182,6 +185,7 @@ class Engine:
         top_k: int | None,
         top_p: float | None,
         seed: int | None,
+        session: Session | None,
     ) -> TokenStream:
         defaults = self._generation_config
         if temperature is None:
@@ -193,7 +197,7 @@ class Engine:
             seed,
         )
         ids = self._ids(text_or_ids, room=max_new_tokens)
-        stream = TokenStream(self, ids, max_new_tokens, sampler, self._stop_ids)
+        stream = TokenStream(self, ids, max_new_tokens, sampler, self._stop_ids, session)
         self.stats = stream.stats
         return stream
 
@@ -226,6 +230,10 @@ class Engine:
                 f"{self.plan.context_length}; shorten it, or set context_length in the profile"
             )
         return ids
+
+    def session(self) -> Session:
+        """An empty session for `generate` and `stream`, to keep a conversation's KV cache between turns."""
+        return Session(self)
 
     def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The prompt for a chat: by the model's template, or the messages as running text where it has none."""

@@ -7,7 +7,7 @@ same logits were computed. It does not know how logits are computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from moeflow.offload.traffic import Traffic
 if TYPE_CHECKING:
     from moeflow.engine import Engine
 
-__all__ = ["Generation", "Sampler", "Statistics", "TokenStream"]
+__all__ = ["Generation", "Sampler", "Session", "Statistics", "TokenStream"]
 
 
 @dataclass
@@ -102,12 +102,53 @@ class Sampler:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
 
 
+class Session:
+    """A KV cache and the tokens in it, so that a conversation is not computed anew at every turn."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._ids: list[int] = []
+        self._cache = engine.new_cache()
+
+    def prefill(self, prompt: list[int]) -> Tensor:
+        """Logits [V] after `prompt`, computing only what differs from the tokens already there."""
+        kept = 0
+        while kept < min(len(self._ids), len(prompt) - 1) and self._ids[kept] == prompt[kept]:
+            kept += 1
+        if kept < len(self._ids):
+            self._cache.crop(kept - len(self._ids))  # negative: that many are removed, in all versions
+        del self._ids[kept:]
+        return self._run(prompt[kept:], self._engine.prefill)
+
+    def step(self, token: int) -> Tensor:
+        """Logits [V] after one more token."""
+        return self._run([token], lambda ids, cache: self._engine.forward(ids, cache)[-1])
+
+    def _run(self, ids: list[int], compute: Callable[[list[int], Any], Tensor]) -> Tensor:
+        try:
+            logits = compute(ids, self._cache)
+        except BaseException:  # some layers may hold the tokens and some not
+            self._ids, self._cache = [], self._engine.new_cache()
+            raise
+        self._ids += ids
+        return logits
+
+
 class TokenStream:
     """One generation as an iterator over token ids; `stats` is complete when it ends."""
 
-    def __init__(self, engine: Engine, prompt: list[int], max_new_tokens: int, sampler: Sampler, stop: set[int]):
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: list[int],
+        max_new_tokens: int,
+        sampler: Sampler,
+        stop: set[int],
+        session: Session | None = None,
+    ):
         self.stats = Statistics(prompt_tokens=len(prompt))
-        self._engine = engine
+        self._traffic = engine.traffic
+        self._session = session or Session(engine)
         self._prompt = prompt
         self._max_new_tokens = max_new_tokens
         self._sampler = sampler
@@ -117,10 +158,9 @@ class TokenStream:
         """Yield ids as they are chosen, the stop token not included."""
         if self._max_new_tokens < 1:
             return
-        stats, traffic = self.stats, self._engine.traffic
+        stats, traffic = self.stats, self._traffic
         begin, before = time.perf_counter(), traffic.copy()
-        cache = self._engine.new_cache()
-        token = self._sampler(self._engine.prefill(self._prompt, cache))
+        token = self._sampler(self._session.prefill(self._prompt))
         stats.time_to_first_token = time.perf_counter() - begin
         stats.prefill = traffic.since(before)
         begin, before = time.perf_counter(), traffic.copy()
@@ -133,4 +173,4 @@ class TokenStream:
             yield token
             if stats.new_tokens == self._max_new_tokens:
                 return
-            token = self._sampler(self._engine.forward([token], cache)[-1])
+            token = self._sampler(self._session.step(token))

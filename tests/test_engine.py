@@ -233,6 +233,46 @@ def test_streamed_text_is_the_generated_text(demo_engine: Engine) -> None:
     assert demo_engine.stats.tokens_per_second > 0
 
 
+def test_a_session_computes_only_what_is_new(demo_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    original = demo_engine.forward
+
+    def counted(ids: list[int], *arguments: object, **options: object) -> torch.Tensor:
+        computed.append(len(ids))
+        return original(ids, *arguments, **options)
+
+    monkeypatch.setattr(demo_engine, "forward", counted)
+    session = demo_engine.session()
+    first = list(demo_engine.tokenizer("And the king said")["input_ids"])
+    answer = demo_engine.generate(first, max_new_tokens=20, temperature=0, session=session)
+    second = [*first, *answer.ids, *demo_engine.tokenizer(" Then she went")["input_ids"]]
+    computed.clear()
+    continued = demo_engine.generate(second, max_new_tokens=15, temperature=0, session=session)
+    assert computed[0] == len(second) - len(first) - len(answer.ids) + 1  # the last answered token was never run
+    assert continued.ids == demo_engine.generate(second, max_new_tokens=15, temperature=0).ids
+    changed = [*first[:-1], *second[:7]]  # a turn that was edited: the common part is kept, the rest dropped
+    edited = demo_engine.generate(changed, max_new_tokens=15, temperature=0, session=session)
+    assert edited.ids == demo_engine.generate(changed, max_new_tokens=15, temperature=0).ids
+
+
+def test_an_interrupted_session_starts_anew(demo_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, prompt = demo_engine.session(), "And the king said"
+    expected = demo_engine.generate(prompt, max_new_tokens=10, temperature=0)
+    runner, _ = demo_engine._model.get_submodule(demo_engine.artifact.manifest.layers[4].module).moeflow
+    original = runner.run
+
+    def interrupted(layer: int, *arguments: object) -> torch.Tensor:
+        if layer == 4:
+            raise KeyboardInterrupt
+        return original(layer, *arguments)
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo_engine.generate(prompt, max_new_tokens=10, temperature=0, session=session)
+    monkeypatch.undo()
+    assert demo_engine.generate(prompt, max_new_tokens=10, temperature=0, session=session).ids == expected.ids
+
+
 def test_refusals(demo_engine: Engine) -> None:
     with pytest.raises(UsageError, match="prompt is empty"):
         demo_engine.generate([])
