@@ -64,8 +64,8 @@ class Engine:
         manifest, plan = self.artifact.manifest, self.plan
         cache = ExpertCache(manifest, plan, self._link, self.device, self.traffic)
         stream = LayerStream(manifest, self._link, self.device, self.traffic) if plan.stream_layers else None
-        runner = ExpertRunner(manifest, plan, cache, stream, getattr(torch, plan.dtype))
-        return build_model(self.artifact, plan, runner, self.device)
+        self._runner = ExpertRunner(manifest, plan, cache, stream, getattr(torch, plan.dtype))
+        return build_model(self.artifact, plan, self._runner, self.device)
 
     # -- tokens and logits --------------------------------------------------------------------------------
 
@@ -96,9 +96,15 @@ class Engine:
         """
         self._check_open()
         inputs = torch.tensor([list(ids)], device=self.device)
-        logits: Tensor = self._model(
-            input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=last
-        ).logits
+        try:
+            output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        except BaseException as error:  # an abandoned pass leaves copies under way and buffers without an owner
+            self._link.drain()
+            self._runner.reset()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise CapacityError(_out_of_memory(self.plan)) from error
+            raise
+        logits: Tensor = output.logits
         return logits[0]
 
     def prefill(self, ids: Sequence[int], cache: Any) -> Tensor:

@@ -13,7 +13,7 @@ from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
 import moeflow
 from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
-from moeflow.errors import ArtifactError, CapacityError, UsageError
+from moeflow.errors import ArtifactError, CapacityError, StorageError, UsageError
 from moeflow.offload.policy import LruPolicy
 from moeflow.offload.store import HostStore
 from moeflow.pipeline import plan_offload
@@ -271,6 +271,51 @@ def test_an_interrupted_session_starts_anew(demo_engine: Engine, monkeypatch: py
         demo_engine.generate(prompt, max_new_tokens=10, temperature=0, session=session)
     monkeypatch.undo()
     assert demo_engine.generate(prompt, max_new_tokens=10, temperature=0, session=session).ids == expected.ids
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_engine_that_was_interrupted_anywhere_goes_on_rightly(
+    tiny_checkpoint: Path, packed: Packed, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = random_ids(20)
+    with moeflow.load(packed(tiny_checkpoint, hqq(4)), experts_per_layer=3, strategy=strategy) as engine:
+        expected, stepwise = engine.logits(ids), engine.logits(ids, chunk=1)
+        original = engine._runner._expert
+        for count in range(12):
+            calls = iter(range(count))
+
+            def stop(*arguments: object, calls: Iterator[int] = calls) -> torch.Tensor:
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt
+                return original(*arguments)
+
+            for chunk in (512, 1, 3):
+                monkeypatch.setattr(engine._runner, "_expert", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    engine.logits(ids * 4, chunk=chunk)
+                monkeypatch.setattr(engine._runner, "_expert", original)
+            assert torch.equal(engine.logits(ids), expected)
+            assert torch.equal(engine.logits(ids, chunk=1), stepwise)
+
+
+def test_a_disk_that_fails_once_fails_one_call(
+    tiny_checkpoint: Path, packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = random_ids(20)
+    with moeflow.load(packed(tiny_checkpoint, hqq(4)), experts_per_layer=2, ram=0) as engine:
+        expected, stepwise = engine.logits(ids), engine.logits(ids, chunk=1)
+        original = engine._store.read
+
+        def fail(*_: object) -> None:
+            monkeypatch.setattr(engine._store, "read", original)
+            raise StorageError("the disk did not answer")
+
+        for chunk in (512, 1):
+            monkeypatch.setattr(engine._store, "read", fail)
+            with pytest.raises(StorageError, match="did not answer"):
+                engine.logits(ids, chunk=chunk)
+            assert torch.equal(engine.logits(ids), expected)
+            assert torch.equal(engine.logits(ids, chunk=1), stepwise)
 
 
 def test_refusals(demo_engine: Engine) -> None:

@@ -56,23 +56,32 @@ class ExpertRunner:
             [T, H] in the dtype of `hidden_states`.
         """
         tokens, top_k = top_k_index.shape
-        chosen, guesses = self._ids(layer, hidden_states, top_k_index)
+        stream = self._stream_for(layer, top_k_index.numel())
+        chosen, guesses = self._ids(layer, hidden_states, top_k_index, guess=stream is None)
         groups = _Groups(chosen, top_k, top_k_index.device)
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[1])  # [T * K, H]
         flat_weights = weights.reshape(-1, 1)
         layout = self.manifest.layout_of(layer)
-        for expert, blob in self._blobs(layer, groups.experts, chosen, guesses):
+        for expert, blob in self._blobs(layer, stream, groups.experts, chosen, guesses):
             users, choices = groups.of(expert)
             result = self._expert(module, layout, blob, hidden_states[users])
             outputs[choices] = (result * flat_weights[choices]).to(outputs.dtype)
         return outputs.view(tokens, top_k, -1).sum(dim=1)
 
-    def _ids(self, layer: int, hidden_states: Tensor, index: Tensor) -> tuple[list[int], list[tuple[int, int]]]:
+    def reset(self) -> None:
+        """Start with a cold cache, after a pass that was abandoned midway; no copy may be under way."""
+        self.cache.reset()
+        if self.stream is not None:
+            self.stream.reset()
+
+    def _ids(
+        self, layer: int, hidden_states: Tensor, index: Tensor, guess: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """The chosen ids, flat, and guesses for later layers: one transfer from the device for both."""
-        if self.predictor is None or self._streams(layer, index.numel()):
+        if self.predictor is None or not guess:
             return index.flatten().tolist(), []
         guessed = self.predictor.guess(layer, hidden_states)
-        flat = torch.cat([index.flatten(), *(g.flatten() for g in guessed)]).tolist()
+        flat = torch.cat([index.flatten(), *(g.T.flatten() for g in guessed)]).tolist()  # first choices first
         guesses: dict[tuple[int, int], None] = {}
         start = index.numel()
         for ahead, ids in enumerate(guessed, start=1):
@@ -80,24 +89,33 @@ class ExpertRunner:
             start += ids.numel()
         return flat[: index.numel()], list(guesses)
 
-    def _streams(self, layer: int, choices: int) -> bool:
-        if self.stream is None:
-            return False
+    def _stream_for(self, layer: int, choices: int) -> LayerStream | None:
+        """The stream, if the layer shall go through it whole."""
         many = choices >= STREAM_CHOICES_PER_EXPERT * self.manifest.layers[layer].experts
-        return many or self.plan.strategy == "naive"
+        return self.stream if many or self.plan.strategy == "naive" else None
 
     def _blobs(
-        self, layer: int, needed: Sequence[int], chosen: Sequence[int], guesses: Sequence[tuple[int, int]]
+        self,
+        layer: int,
+        stream: LayerStream | None,
+        needed: Sequence[int],
+        chosen: Sequence[int],
+        guesses: Sequence[tuple[int, int]],
     ) -> Iterator[tuple[int, Tensor]]:
-        if self.stream is None or not self._streams(layer, len(chosen)):
-            yield from self.cache.fetch(layer, needed, guesses)
-            return
+        if stream is None:
+            return self.cache.fetch(layer, needed, guesses)
+        return self._streamed(stream, layer, needed, chosen)
+
+    def _streamed(
+        self, stream: LayerStream, layer: int, needed: Sequence[int], chosen: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Needed experts from the layer's buffer, while the next layer is on its way; then the cache is warmed."""
         cached = self.cache.resident(layer)
-        self.stream.begin(layer, cached)
+        stream.begin(layer, cached)
         if layer + 1 < len(self.manifest.layers):
-            self.stream.begin(layer + 1, self.cache.resident(layer + 1))
+            stream.begin(layer + 1, self.cache.resident(layer + 1))
         blobs = {}
-        for expert, blob in self.stream.take(layer, needed, cached):
+        for expert, blob in stream.take(layer, needed, cached):
             blobs[expert] = blob
             yield expert, blob
         recent = list(dict.fromkeys(reversed(chosen)))[: self.plan.cache_slots[layer]]

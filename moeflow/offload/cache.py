@@ -28,7 +28,10 @@ class _Pool:
 
     def __init__(self, count: int, nbytes: int, device: torch.device):
         self.memory = torch.empty(count, nbytes, dtype=torch.uint8, device=device)  # [buffers, blob bytes]
-        self.free = deque(range(count))
+        self.reset()
+
+    def reset(self) -> None:
+        self.free = deque(range(len(self.memory)))
 
 
 @dataclass
@@ -54,8 +57,10 @@ class ExpertCache:
 
     def __init__(self, manifest: Manifest, plan: Plan, link: Link, device: torch.device, traffic: Traffic):
         self._link = link
+        self._policy = plan.policy
         self._traffic = traffic
-        self._guesses: deque[tuple[int, int]] = deque()  # (layer, expert) not used yet, oldest first
+        self._guesses: dict[tuple[int, int], int] = {}  # (layer, expert) not used yet -> step, oldest first
+        self._step = 0
         slots = dict.fromkeys(range(len(manifest.layouts)), plan.staging_slots)
         for entry, count in zip(manifest.layers, plan.cache_slots, strict=True):
             slots[entry.layout] += count
@@ -77,6 +82,7 @@ class ExpertCache:
             needed: distinct expert ids.
             guesses: `(layer, expert)` to fetch once all that is needed is under way.
         """
+        self._step += 1
         state = self._layers[layer]
         hits = [e for e in needed if e in state.slots]
         landed = [e for e in needed if e in state.landings]
@@ -86,7 +92,7 @@ class ExpertCache:
         self._traffic.misses += len(waiting)
         arriving = deque(landed)
         for expert in landed:
-            self._guesses.remove((layer, expert))  # from now on nobody may take its buffer
+            del self._guesses[layer, expert]  # from now on nobody may take its buffer
         pending = deque(guesses)
         self._start(layer, waiting, arriving)
         if not waiting:
@@ -104,6 +110,16 @@ class ExpertCache:
             self._start(layer, waiting, arriving)
             if not waiting:
                 self._start_guesses(pending)
+        assert not waiting, "there is at least one landing buffer"
+
+    def reset(self) -> None:
+        """Forget everything, after a pass that was abandoned midway; no copy may be under way."""
+        self._guesses.clear()
+        for state in self._layers:
+            state.policy = make_policy(self._policy, state.policy.capacity)
+            state.slots.clear()
+            state.landings.clear()
+            state.pool.reset()
 
     def resident(self, layer: int) -> dict[int, Tensor]:
         """The cached experts of a layer and their blobs."""
@@ -143,29 +159,34 @@ class ExpertCache:
             self._traffic.missed_bytes += state.nbytes
 
     def _start_guesses(self, pending: deque[tuple[int, int]]) -> None:
-        """Start copies on guesses for as many as there are buffers; the others stay pending."""
+        """Start copies on guesses for as many as there are buffers; the others stay pending.
+
+        A guess may take the buffer of an older one, but not of its own step: those are likelier, they come first.
+        """
         while pending:
             layer, expert = pending[0]
             state = self._layers[layer]
             if expert not in state.slots and expert not in state.landings:
-                buffer = self._take(state)
+                buffer = self._take(state, older_than=self._step)
                 if buffer is None:
                     return
                 ticket = self._link.fetch(layer, expert, state.pool.memory[buffer])
                 state.landings[expert] = _Landing(buffer, ticket)
-                self._guesses.append((layer, expert))
+                self._guesses[layer, expert] = self._step
                 self._traffic.guesses += 1
                 self._traffic.guessed_bytes += state.nbytes
             pending.popleft()
 
-    def _take(self, state: _Layer) -> int | None:
-        """A free buffer, if need be that of the oldest guess that nobody used."""
+    def _take(self, state: _Layer, older_than: int | None = None) -> int | None:
+        """A free buffer, if need be that of the oldest guess that nobody used (and that is from an older step)."""
         if state.pool.free:
             return state.pool.free.popleft()
-        for position, (layer, expert) in enumerate(self._guesses):
+        for (layer, expert), step in self._guesses.items():
+            if older_than is not None and step >= older_than:
+                return None
             if self._layers[layer].pool is state.pool:
                 landing = self._layers[layer].landings.pop(expert)
                 landing.ticket.settle()
-                del self._guesses[position]
+                del self._guesses[layer, expert]
                 return landing.buffer
         return None

@@ -35,6 +35,9 @@ class Link(Protocol):
     def fetch(self, layer: int, expert: int, target: Tensor) -> Ticket:
         """Start copying a blob to `target`, device memory of its size, after all computation issued so far."""
 
+    def drain(self) -> None:
+        """Wait for all that is under way, whether it fails or not."""
+
     def close(self) -> None:
         """Wait for what is under way and release threads."""
 
@@ -66,6 +69,10 @@ class CpuLink:
             target.copy_(self._store.view(layer, expert))
         else:
             self._store.read(layer, expert, target)
+
+    def drain(self) -> None:
+        """Wait for all that is under way, whether it fails or not."""
+        self._worker.submit(lambda: None).result()
 
     def close(self) -> None:
         """Drop what has not begun and wait for the rest."""
@@ -135,6 +142,11 @@ class CudaLink:
         self._bounce.remove(fitting[0])
         fitting[0][1].synchronize()
         return fitting[0][0]
+
+    def drain(self) -> None:
+        """Wait for all that is under way, whether it fails or not."""
+        self._worker.submit(lambda: None).result()
+        self._stream.synchronize()
 
     def close(self) -> None:
         """Drop what has not begun and wait for the rest."""

@@ -54,10 +54,14 @@ class HostStore:
         progress("loading experts", done, total)
         with ThreadPoolExecutor(READERS) as pool:
             futures = {pool.submit(self._read, layer, e, blob): blob.nbytes for layer, e, blob in places}
-            for future in as_completed(futures):
-                future.result()
-                done += futures[future]
-                progress("loading experts", done, total)
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    done += futures[future]
+                    progress("loading experts", done, total)
+            except BaseException:  # Ctrl-C or a damaged blob must not wait for gigabytes more
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _places(self) -> Iterator[tuple[int, int, Tensor]]:
         for layer, count in enumerate(self.ram_experts):

@@ -32,6 +32,8 @@ class LayerStream:
         """Start copying the layer's experts, but those in `skip` and those under way already."""
         held, tickets = self._begun[layer % 2]
         if held != layer:
+            for ticket in tickets.values():  # copies that nobody needed may still be on their way to this buffer
+                ticket.settle()
             tickets = {}
             self._begun[layer % 2] = (layer, tickets)
         for expert in range(self._manifest.layers[layer].experts):
@@ -58,4 +60,8 @@ class LayerStream:
                 yield expert, self.blob(layer, expert)
             else:
                 yield expert, cached[expert]
-        self._begun[layer % 2] = (None, {})
+        self._begun[layer % 2] = (None, tickets)
+
+    def reset(self) -> None:
+        """Forget what was begun; no copy may be under way."""
+        self._begun = [(None, {}), (None, {})]

@@ -140,6 +140,28 @@ def test_guesses_come_after_all_that_is_needed() -> None:
     assert link.asked == [(0, 1), (0, 2), (1, 6), (1, 7)]
 
 
+def test_guesses_of_one_step_do_not_take_each_others_buffers() -> None:
+    """The likelier come first and stay; the others find no room."""
+    cache, link, traffic = make_cache((0, 0), staging=2)
+    use(cache, 0, [0], [(1, e) for e in (5, 6, 7, 3)])
+    assert [job for job in link.asked if job[0] == 1] == [(1, 5), (1, 6)]
+    use(cache, 1, [5, 6])
+    assert (traffic.guesses, traffic.guesses_used) == (2, 2)
+
+
+def test_after_a_reset_the_cache_is_cold_and_serves() -> None:
+    cache, link, _ = make_cache((2, 2), staging=2)
+    for expert, _blob in cache.fetch(0, [1, 2, 3], [(1, 6)]):
+        if expert == 2:
+            break  # abandoned: landings have no owner
+    link.close()
+    cache.reset()
+    assert cache.resident(0) == {}
+    for _ in range(5):
+        use(cache, 0, [1, 2, 3], [(1, 6)])
+        use(cache, 1, [6, 7])
+
+
 def test_cached_experts_are_computed_while_others_arrive() -> None:
     cache, _, _ = make_cache((4,), staging=2)
     use(cache, 0, [3, 7])
