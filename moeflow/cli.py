@@ -231,7 +231,7 @@ def chat(
             messages.append({"role": "user", "content": line})
             answer = _answer(
                 engine,
-                engine.conversation(messages),
+                engine.conversation(messages, room=max_new_tokens),
                 False,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,

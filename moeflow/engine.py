@@ -125,6 +125,8 @@ class Engine:
         Returns:
             float32 [T, V] in host memory.
         """
+        if chunk < 1:
+            raise UsageError(f"chunk is {chunk}; it is 1 or more")
         ids = self._ids(text_or_ids, room=0)
         cache = self.new_cache()
         rows = [self.forward(ids[i : i + chunk], cache).float().cpu() for i in range(0, len(ids), chunk)]
@@ -146,14 +148,24 @@ class Engine:
 
         Arguments are those of `generate`.
         """
+        tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed, session)
+        return (piece for _, piece in self._pieces(tokens) if piece)
+
+    def _pieces(self, tokens: TokenStream) -> Iterator[tuple[int | None, str]]:
+        """Ids and the text each completes; the last pair may be text alone, of an unfinished character."""
         from tokenizers.decoders import DecodeStream
 
-        tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed, session)
-        decoder = DecodeStream(skip_special_tokens=True)
+        # begun with the prompt, since some tokenizers drop a space that stands first
+        decoder = DecodeStream(ids=tokens.prompt, skip_special_tokens=True)
+        waiting: list[int] = []
         for token in tokens:
+            waiting.append(token)
             piece = decoder.step(self.tokenizer.backend_tokenizer, token)
             if piece:
-                yield piece
+                waiting.clear()
+            yield token, piece or ""
+        if waiting:
+            yield None, self.tokenizer.decode(waiting, skip_special_tokens=True)
 
     def generate(
         self,
@@ -180,8 +192,9 @@ class Engine:
             UsageError: prompt and answer do not fit the context length, or a setting is out of range.
         """
         tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed, session)
-        ids = tuple(tokens)
-        return Generation(self.tokenizer.decode(ids, skip_special_tokens=True), ids, tokens.stats)
+        pieces = list(self._pieces(tokens))
+        ids = tuple(token for token, _ in pieces if token is not None)
+        return Generation("".join(piece for _, piece in pieces), ids, tokens.stats)
 
     def _tokens(
         self,
@@ -202,6 +215,8 @@ class Engine:
             defaults.top_p if top_p is None and defaults.do_sample else top_p,
             seed,
         )
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}; it is 1 or more")
         ids = self._ids(text_or_ids, room=max_new_tokens)
         stream = TokenStream(self, ids, max_new_tokens, sampler, self._stop_ids, session)
         self.stats = stream.stats
@@ -222,8 +237,7 @@ class Engine:
         return set(stop) if isinstance(stop, list) else {stop} - {None}
 
     def _ids(self, text_or_ids: str | Sequence[int], room: int) -> list[int]:
-        is_text = isinstance(text_or_ids, str)
-        ids = [int(i) for i in (self.tokenizer(text_or_ids)["input_ids"] if is_text else text_or_ids)]
+        ids = self._encode(text_or_ids) if isinstance(text_or_ids, str) else [int(i) for i in text_or_ids]
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         self._check_open()
@@ -231,24 +245,45 @@ class Engine:
         if (bad := next((i for i in ids if not 0 <= i < vocabulary), None)) is not None:
             raise UsageError(f"token id {bad} is outside the vocabulary of {vocabulary}")
         if len(ids) + room > self.plan.context_length:
+            longer = self.plan.context_length < self.artifact.manifest.model.max_context
+            remedy = ", or set context_length in the profile" if longer else ": the model was made for no more"
             raise UsageError(
                 f"a prompt of {len(ids)} tokens and {room} new ones do not fit the context of "
-                f"{self.plan.context_length}; shorten it, or set context_length in the profile"
+                f"{self.plan.context_length}; shorten it{remedy}"
             )
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the prompt is not text: character {error.start} is not valid UTF-8") from error
+        ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
     def session(self) -> Session:
         """An empty session for `generate` and `stream`, to keep a conversation's KV cache between turns."""
         return Session(self)
 
-    def conversation(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The prompt for a chat: by the model's template, or the messages as running text where it has none."""
-        if self.tokenizer.chat_template:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, return_dict=False
-            )
-            return ids
-        return self._ids("\n".join(message["content"] for message in messages) + "\n", room=0)
+    def conversation(self, messages: Sequence[dict[str, str]], room: int = 0) -> list[int]:
+        """The prompt for a chat: by the model's template, or the messages as running text where it has none.
+
+        The oldest turns are left out as far as needed for `room` more tokens to fit the context.
+        """
+        kept = list(messages)
+        while True:
+            ids = self._conversation_ids(kept)
+            if len(ids) + room <= self.plan.context_length or len(kept) < 3:
+                return ids
+            kept = kept[2:]
+
+    def _conversation_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if not self.tokenizer.chat_template:
+            return self._encode("\n".join(message["content"] for message in messages) + "\n")
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        return ids
 
     def _check_open(self) -> None:
         if self._model is None:

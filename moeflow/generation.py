@@ -6,6 +6,7 @@ same logits were computed. It does not know how logits are computed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Generation", "Sampler", "Session", "Statistics", "TokenStream"]
 
 
+COLDEST = 1e-5  # below this temperature scores overflow float32, and the likeliest token is certain anyway
+
+
 @dataclass
 class Statistics:
     """What one generation took; filled as it goes."""
@@ -31,20 +35,22 @@ class Statistics:
     new_tokens: int = 0
     time_to_first_token: float = 0.0
     """Seconds of prefill and the first choice."""
+    decode_steps: int = 0
+    """Passes after prefill: one for each token but the first, and for the end-of-text token if it came."""
     decode_seconds: float = 0.0
-    """Seconds for all tokens after the first."""
+    """Seconds of these passes and the choices after them, not of whoever consumes the tokens."""
     prefill: Traffic = field(default_factory=Traffic)
     decode: Traffic = field(default_factory=Traffic)
 
     @property
     def tokens_per_second(self) -> float:
         """Decode speed; 0 until there is a second token."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def bytes_per_token(self) -> float:
         """Over the link, per decoded token."""
-        return self.decode.moved_bytes / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
+        return self.decode.moved_bytes / self.decode_steps if self.decode_steps else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, derived figures too, for `--json`."""
@@ -76,11 +82,15 @@ class Sampler:
     ):
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        if temperature < 0:
+        if not math.isfinite(temperature) or temperature < 0:
             raise UsageError(f"temperature is {temperature}; it is 0 (greedy) or more")
+        if top_k is not None and top_k < 0:
+            raise UsageError(f"top_k is {top_k}; it is 1 or more, or 0 for all tokens")
+        if seed is not None and not -(2**63) <= seed < 2**63:
+            raise UsageError(f"seed is {seed}; it fits 64 bits")
         if top_p is not None and not 0 < top_p <= 1:
             raise UsageError(f"top_p is {top_p}; it lies above 0 and is at most 1")
-        self.greedy = temperature == 0
+        self.greedy = temperature < COLDEST
         self._warpers = LogitsProcessorList()
         if not self.greedy and temperature != 1:
             self._warpers.append(TemperatureLogitsWarper(float(temperature)))
@@ -149,28 +159,26 @@ class TokenStream:
         self.stats = Statistics(prompt_tokens=len(prompt))
         self._traffic = engine.traffic
         self._session = session or Session(engine)
-        self._prompt = prompt
+        self.prompt = prompt
         self._max_new_tokens = max_new_tokens
         self._sampler = sampler
         self._stop = stop
 
     def __iter__(self) -> Iterator[int]:
         """Yield ids as they are chosen, the stop token not included."""
-        if self._max_new_tokens < 1:
-            return
         stats, traffic = self.stats, self._traffic
         begin, before = time.perf_counter(), traffic.copy()
-        token = self._sampler(self._session.prefill(self._prompt))
+        token = self._sampler(self._session.prefill(self.prompt))
         stats.time_to_first_token = time.perf_counter() - begin
         stats.prefill = traffic.since(before)
-        begin, before = time.perf_counter(), traffic.copy()
-        while True:
+        before = traffic.copy()
+        while token not in self._stop:
             stats.new_tokens += 1
-            stats.decode_seconds = time.perf_counter() - begin if stats.new_tokens > 1 else 0.0
-            stats.decode = traffic.since(before)
-            if token in self._stop:
-                return
             yield token
             if stats.new_tokens == self._max_new_tokens:
                 return
+            begin = time.perf_counter()
             token = self._sampler(self._session.step(token))
+            stats.decode_steps += 1
+            stats.decode_seconds += time.perf_counter() - begin
+            stats.decode = traffic.since(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -318,7 +319,51 @@ def test_a_disk_that_fails_once_fails_one_call(
             assert torch.equal(engine.logits(ids, chunk=1), stepwise)
 
 
+def test_speed_is_the_engines_not_the_readers(demo_engine: Engine) -> None:
+    for _ in demo_engine.stream("The king", max_new_tokens=5, temperature=0):
+        time.sleep(0.2)
+    assert demo_engine.stats.decode_steps == 4
+    assert demo_engine.stats.decode_seconds < 0.6
+
+
+def test_a_chat_forgets_its_oldest_turns_when_the_context_is_full(demo_engine: Engine) -> None:
+    messages = [{"role": "user", "content": f"word {i} " * 60} for i in range(15)]
+    ids = demo_engine.conversation(messages, room=200)
+    assert len(ids) + 200 <= demo_engine.plan.context_length
+    assert "word 14" in demo_engine.tokenizer.decode(ids)
+    assert "word 0" not in demo_engine.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": float("nan")},
+        {"temperature": -1.0},
+        {"temperature": 1.0, "top_k": -1},
+        {"temperature": 1.0, "top_p": 2.0},
+        {"seed": 10**30},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": -5},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(demo_engine: Engine, settings: dict[str, object]) -> None:
+    with pytest.raises(
+        UsageError, match=next(name for name in settings if name != "temperature" or len(settings) == 1)
+    ):
+        demo_engine.generate("word", **settings)
+
+
+def test_a_temperature_of_almost_nothing_is_greedy(demo_engine: Engine) -> None:
+    cold = demo_engine.generate("The king", max_new_tokens=8, temperature=1e-40, seed=1)
+    assert cold.ids == demo_engine.generate("The king", max_new_tokens=8, temperature=0).ids
+
+
 def test_refusals(demo_engine: Engine) -> None:
+    with pytest.raises(UsageError, match="not text"):
+        demo_engine.generate("\udcff")
+    with pytest.raises(UsageError, match="chunk is 0"):
+        demo_engine.logits("word", chunk=0)
     with pytest.raises(UsageError, match="prompt is empty"):
         demo_engine.generate([])
     with pytest.raises(UsageError, match=r"do not fit the context of \d+"):
