@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -41,11 +41,11 @@ Hardware = Annotated[
     str | None, typer.Option(help="Plan anew for this machine: a name in hardware/, a path, or auto (probe).")
 ]
 Strategy = Annotated[
-    str | None,
-    typer.Option("--ablation", help="Row of the paper's ablation: full, no-prefetch, no-cache, naive."),
+    Literal["full", "no-prefetch", "no-cache", "naive"] | None,
+    typer.Option("--ablation", help="Row of the paper's ablation."),
 ]
 Slots = Annotated[int | None, typer.Option("--experts-per-layer", "-k", min=0, help="Cached experts per layer.")]
-Policy = Annotated[str | None, typer.Option(help="Cache policy: lru or lfu.")]
+Policy = Annotated[Literal["lru", "lfu"] | None, typer.Option(help="Cache policy.")]
 Artifact = Annotated[Path, typer.Argument(help="Directory that `moeflow pack` wrote.", show_default=False)]
 
 
@@ -91,7 +91,7 @@ def autotune(
     model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory, or demo.")] = "demo",
     output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write.")] = Path("profile.yaml"),
     hardware: Annotated[str, typer.Option(help="A name in hardware/, a path, or auto (probe).")] = "auto",
-    min_speed: Annotated[float, typer.Option(help="Tokens/s below which fewer bits are preferred.")] = 5.0,
+    min_speed: Annotated[float, typer.Option(min=0.0, help="Tokens/s below which fewer bits are preferred.")] = 5.0,
     as_json: Json = False,
 ) -> None:
     """Choose bits and cache size for a model on a machine, and write a profile that `pack` takes."""
@@ -317,7 +317,7 @@ def quickstart(
         show_candidates(chosen, found)
         say("quantizing and packing")
         with progress_bar() as progress:
-            pipeline.pack(chosen.profile, output, progress=progress)
+            pipeline.pack(chosen.profile, output, hardware=machine, progress=progress)
     say(f"loading {output}")
     with progress_bar() as progress:
         engine = pipeline.load(output, progress=progress)
@@ -330,8 +330,11 @@ def quickstart(
 
 def main() -> None:
     """Run the command line and exit with the error's code; typer itself ends usage errors (2) and Ctrl-C (130)."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    if len(arguments) < len(sys.argv) - 1:  # wherever it stands: people add it to the end of what has just failed
+        arguments.insert(0, "--debug")
     try:
-        app(prog_name="moeflow")
+        app(arguments, prog_name="moeflow")
     except MoeflowError as error:
         if _debug:
             raise

@@ -48,6 +48,7 @@ class Engine:
         self.stats = Statistics()
         """Of the last generation."""
         self.device = _device(plan)
+        artifact.check_files()
         self._model: Any = None
         self._store = HostStore(artifact, plan.ram_experts, pin=plan.device == "cuda", progress=progress)
         self._link = make_link(self._store, self.device)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.artifact.checkpoint import Checkpoint, resolve_model
-from moeflow.artifact.reader import MANIFEST, Artifact
+from moeflow.artifact.reader import PLAN, Artifact
 from moeflow.errors import ArtifactError
 from moeflow.planning.overrides import override
 from moeflow.planning.planner import make_plan
@@ -29,18 +29,21 @@ if TYPE_CHECKING:
 __all__ = ["autotune", "load", "pack", "plan_offload", "read_profile", "resolve_hardware"]
 
 PROFILE = "profile.yaml"
-PLAN = "plan.json"
+HARDWARE = "hardware.yaml"
 
 ProfileLike = str | Path | Mapping[str, Any] | Profile
 
 
 def read_profile(profile: ProfileLike) -> Profile:
-    """A profile from a path, a mapping, or itself."""
+    """A profile from a path, a mapping, or itself; relative paths in a file are relative to that file."""
     if isinstance(profile, Profile):
         return profile
     if isinstance(profile, Mapping):
         return Profile.parse(dict(profile), "profile")
-    return Profile.load(profile)
+    read, here = Profile.load(profile), Path(profile).parent
+    model = str(here / read.model) if read.model.startswith(".") else read.model
+    is_path = read.hardware.endswith((".yaml", ".yml", ".json")) and not Path(read.hardware).is_absolute()
+    return read.model_copy(update={"model": model, "hardware": str(here / read.hardware) if is_path else read.hardware})
 
 
 def resolve_hardware(name: str) -> HardwareProfile:
@@ -58,14 +61,20 @@ def autotune(
 
 
 def pack(
-    profile: ProfileLike, output: str | Path | None = None, *, overwrite: bool = False, progress: Progress = silent
+    profile: ProfileLike,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    hardware: HardwareProfile | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Quantize and pack the profile's model, and plan for its hardware.
 
     Args:
         profile: a path, a mapping or a document.
         output: the artifact's directory; by default `artifacts/` and the name of the profile's file, or of its model.
-        overwrite: replace an artifact that was made from another model or other settings.
+        overwrite: replace an artifact that was made from another model or other settings, and mend a damaged one.
+        hardware: plan for this machine instead of the profile's.
         progress: told of bytes as they are written.
 
     Returns:
@@ -75,26 +84,27 @@ def pack(
     directory = Path(output) if output is not None else _default_output(profile, wanted)
     checkpoint = Checkpoint.open(resolve_model(wanted.model, wanted.revision))
     sizes = ModelSizes.of_checkpoint(checkpoint, wanted.quantization)
-    hardware = resolve_hardware(wanted.hardware)
+    hardware = hardware or resolve_hardware(wanted.hardware)
     make_plan(wanted, sizes, hardware)  # what cannot run is refused before hours of work
 
     from moeflow.artifact.packer import Packer
 
     packer = Packer(checkpoint, wanted.model, wanted.quantization, directory, progress)
-    if not packer.finished():
-        if (directory / MANIFEST).is_file() and not overwrite:
-            raise ArtifactError(
-                f"{directory}: holds an artifact made from another model or other settings; choose another output, "
-                "or overwrite it (`--overwrite`)"
-            )
-        packer.run()
+    if packer.foreign() and not overwrite:
+        raise ArtifactError(
+            f"{directory}: holds an artifact made from another model or other settings; choose another output, "
+            "or overwrite it (`--overwrite`)"
+        )
+    packer.run(check=overwrite)
     wanted.save(directory / PROFILE)
+    hardware.save(directory / HARDWARE)
     plan_offload(directory, hardware=hardware)
     return directory
 
 
 def _default_output(given: ProfileLike, profile: Profile) -> Path:
-    name = Path(given).stem if isinstance(given, str | Path) else Path(profile.model).name
+    model = Path(profile.model)
+    name = Path(given).stem if isinstance(given, str | Path) else (model.resolve() if model.is_dir() else model).name
     return Path("artifacts") / name
 
 
@@ -104,13 +114,34 @@ def plan_offload(
     hardware: HardwareProfile | None = None,
     save: bool = True,
 ) -> Plan:
-    """Plan how to run a packed model, on its profile's hardware unless `hardware` is given; writes `plan.json`."""
+    """Plan how to run a packed model; writes `plan.json`.
+
+    Args:
+        artifact: its directory.
+        overrides: changes to its profile, as in `load`.
+        hardware: the machine; by default the one that is overridden, or that it was packed for.
+        save: replace the artifact's plan.
+    """
     opened = Artifact.open(artifact)
-    profile = override(_profile_of(opened), overrides or {})
-    plan = make_plan(profile, ModelSizes.of_manifest(opened.manifest), hardware or resolve_hardware(profile.hardware))
+    changes = {name: value for name, value in (overrides or {}).items() if value is not None}
+    profile = override(_profile_of(opened), changes)
+    if hardware is None:
+        hardware = resolve_hardware(profile.hardware) if "hardware" in changes else _hardware_of(opened, profile)
+    plan = make_plan(profile, ModelSizes.of_manifest(opened.manifest), hardware, opened.manifest.digest())
     if save:
         plan.save(opened.directory / PLAN)
     return plan
+
+
+def _hardware_of(artifact: Artifact, profile: Profile) -> HardwareProfile:
+    """The machine that the artifact was packed for; if that was probed and is another kind than this one, this one."""
+    path = artifact.directory / HARDWARE
+    if not path.is_file():
+        return resolve_hardware(profile.hardware)
+    packed_for = HardwareProfile.load(path)
+    if profile.hardware == "auto" and not _has_device(packed_for.device):
+        return resolve_hardware("auto")
+    return packed_for
 
 
 def _profile_of(artifact: Artifact) -> Profile:
@@ -144,7 +175,8 @@ def _plan_for(artifact: Artifact, overrides: Mapping[str, Any]) -> Plan:
     path = artifact.directory / PLAN
     if path.is_file() and all(value is None for value in overrides.values()):
         plan = Plan.load(path)
-        if _profile_of(artifact).hardware != "auto" or _has_device(plan.device):
+        usable = _profile_of(artifact).hardware != "auto" or _has_device(plan.device)
+        if usable and plan.manifest_digest == artifact.manifest.digest():
             return plan
     return plan_offload(artifact.directory, overrides, save=False)
 

@@ -7,8 +7,11 @@ environment() {
   local directory=$1 extras=$2 wanted
   wanted="$extras $(sha256sum < pyproject.toml)"
   if [ "$(cat "$directory/.installed" 2>/dev/null)" != "$wanted" ]; then
-    echo "· installing into $directory (a few minutes, once)" >&2
-    [ -x "$directory/bin/python" ] || "${PYTHON:-python3}" -m venv "$directory"
+    local python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      { echo "error: moeflow needs Python 3.11 or newer, $python is $("$python" -V); set PYTHON to one" >&2; exit 1; }
+    echo "· installing into $directory (once; torch's CUDA build is over 2 GB, see TORCH in README)" >&2
+    [ -x "$directory/bin/python" ] || "$python" -m venv "$directory"
     install "$directory" "$extras"
     echo "$wanted" > "$directory/.installed"
   fi
@@ -18,8 +21,8 @@ environment() {
 
 install() {
   local directory=$1 extras=$2
-  # torch comes first and by itself: with a range pip would fetch the newest CUDA build, several GB, even where
-  # there is no GPU. TORCH names another build to install, such as TORCH="torch==2.11.0".
+  # torch comes first and by itself, so that TORCH can name another build, with pip's options:
+  # TORCH="torch==2.11.0", or the CPU build that pytorch.org offers, which is a tenth of the size of the CUDA build.
   if ! "$directory/bin/python" -c "import torch" 2>/dev/null; then
     "$directory/bin/pip" install --quiet $(torch_package)
   fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from moeflow import cli
+from moeflow.artifact.checkpoint import resolve_model
 from moeflow.files import data_dir
 
 
@@ -153,6 +155,107 @@ def test_other_settings_do_not_replace_an_artifact(moe, demo_artifact: Path, tmp
     assert moe("verify", kept)[0] == 0
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "tokenizer"])
+def test_overwrite_mends_a_damaged_artifact(moe, demo_artifact: Path, tmp_path: Path, damage: str) -> None:
+    broken, shard = tmp_path / "broken", tmp_path / "broken" / "experts-3.safetensors"
+    shutil.copytree(demo_artifact, broken)
+    if damage == "flip":
+        content = bytearray(shard.read_bytes())
+        content[-9] ^= 1
+        shard.write_bytes(content)
+    elif damage == "cut":
+        os.truncate(shard, 5000)
+    elif damage == "remove":
+        shard.unlink()
+    else:
+        (broken / "tokenizer.json").write_text("{}")
+    code, _, err = moe("generate", broken, "-p", "And", "-n", 2)
+    assert code == 5
+    assert "--overwrite" in err
+    assert moe("pack", data_dir("profiles") / "demo.yaml", "-o", broken, "--overwrite")[0] == 0
+    assert moe("verify", broken)[0] == 0
+    files = [p.name for p in demo_artifact.glob("*.safetensors")]
+    assert all((broken / name).read_bytes() == (demo_artifact / name).read_bytes() for name in files)
+
+
+def test_a_copy_without_notes_is_packed_again_without_being_asked(moe, demo_artifact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(demo_artifact, copy, ignore=shutil.ignore_patterns(".moeflow"))
+    assert moe("pack", data_dir("profiles") / "demo.yaml", "-o", copy)[0] == 0
+    assert moe("verify", copy)[0] == 0
+
+
+def test_an_earlier_models_chat_template_does_not_stay(moe, demo_artifact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(demo_artifact, copy)
+    (copy / "chat_template.jinja").write_text("{{ 'stale' }}")
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("model: demo\nhardware: cpu-2-cores\nquantization: {experts: {backend: hqq, bits: 8}}\n")
+    assert moe("pack", profile, "-o", copy, "--overwrite")[0] == 0
+    assert not (copy / "chat_template.jinja").exists()
+
+
+def test_two_packs_into_one_directory_are_refused(moe, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "a" / ".moeflow").mkdir(parents=True)
+    with (tmp_path / "a" / ".moeflow" / "lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        code, _, err = moe("pack", data_dir("profiles") / "demo.yaml", "-o", tmp_path / "a")
+    assert code == 2
+    assert "another moeflow is packing here" in err
+    assert moe("pack", data_dir("profiles") / "demo.yaml", "-o", tmp_path / "a")[0] == 0
+
+
+def test_a_plan_of_another_artifact_is_not_followed(moe, demo_artifact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(demo_artifact, copy)
+    plan = json.loads((copy / "plan.json").read_text())
+    plan |= {"cache_slots": [4, 4], "manifest_digest": "0" * 64}
+    (copy / "plan.json").write_text(json.dumps(plan))
+    assert moe("generate", copy, "-p", "And", "-n", 2)[0] == 0
+
+
+def test_paths_in_a_profile_are_relative_to_it(moe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    shutil.copytree(resolve_model("demo"), tmp_path / "sub" / "checkpoint")
+    shutil.copy(data_dir("hardware") / "cpu-2-cores.yaml", tmp_path / "sub" / "mine.yaml")
+    (tmp_path / "sub" / "profile.yaml").write_text("model: ./checkpoint\nhardware: mine.yaml\n")
+    monkeypatch.chdir(tmp_path)
+    assert moe("pack", "sub/profile.yaml", "-o", "artifact")[0] == 0
+    monkeypatch.chdir(tmp_path / "sub")
+    assert moe("generate", "../artifact", "-p", "And", "-n", 2, "-k", 2)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("generate", "ARTIFACT", "-p", "x", "--ablation", "wrong"), 2, "no-prefetch"),
+        (("generate", "ARTIFACT", "-p", "x", "--policy", "wrong"), 2, "lru"),
+        (("generate", "ARTIFACT", "-p", "x", "-k", 99), 3, "the model has 8 experts per layer"),
+        (("generate", "ARTIFACT", "-p", "x", "-n", 0), 2, "Invalid value"),
+        (("generate", "ARTIFACT", "-p", ""), 2, "the prompt is empty"),
+        (("generate", "ARTIFACT", "-p", "x", "-n", 5000), 2, "the model was made for no more"),
+        (("generate", "ARTIFACT", "-p", "x", "--temperature", 1, "--top-p", 2), 2, "top_p is 2.0"),
+        (("generate", "ARTIFACT", "-p", "x", "--seed", 10**30), 2, "64 bits"),
+        (("generate", "DEMO", "-p", "x"), 5, "this is a checkpoint"),
+        (("pack", "PROFILE", "-o", "/proc/x"), 7, "/proc/x: cannot create"),
+        (("validate", "DEMO/config.json"), 3, "keys of any document"),
+        (("validate", "nothing.yaml"), 7, "no such file"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_message(
+    moe, demo_artifact: Path, arguments: tuple[object, ...], code: int, message: str
+) -> None:
+    places = {"ARTIFACT": demo_artifact, "DEMO": resolve_model("demo"), "PROFILE": data_dir("profiles") / "demo.yaml"}
+    words = [re.sub("ARTIFACT|DEMO|PROFILE", lambda m: str(places[m[0]]), str(a)) for a in arguments]
+    found, _, err = moe(*words)
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+
+
 def test_a_plan_for_cuda_without_cuda(moe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -212,6 +315,7 @@ def test_usage_errors_exit_with_2(moe) -> None:
 def test_a_traceback_only_with_debug(tmp_path: Path) -> None:
     assert "Traceback" not in run("verify", tmp_path).stderr
     assert "Traceback" in run("--debug", "verify", tmp_path).stderr
+    assert "Traceback" in run("verify", tmp_path, "--debug").stderr
     assert run("verify", tmp_path).returncode == 5
 
 

@@ -22,11 +22,11 @@ import torch
 from moeflow import __version__
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.layout import expert_layout, packed_matrix
-from moeflow.artifact.reader import MANIFEST
+from moeflow.artifact.reader import MANIFEST, PLAN
 from moeflow.artifact.records import Records
 from moeflow.artifact.shards import Written, write_experts, write_resident
 from moeflow.errors import CapacityError, UsageError
-from moeflow.files import atomic_writer, storage_errors
+from moeflow.files import atomic_writer, sha256_file, storage_errors
 from moeflow.progress import Progress, silent
 from moeflow.schema import (
     BlobLayout,
@@ -137,25 +137,45 @@ class Packer:
         if not path.is_file() or not all(self.records.load(unit.shard, unit.key) for unit in self.units()):
             return False
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self._companions().items()}
-        kept = all((self.output / name).is_file() for name in files)
-        return kept and path.read_text() == self._manifest(self.units(), files).to_json()
+        present = {name: sha256_file(self.output / name) for name in files if (self.output / name).is_file()}
+        return present == files and path.read_text() == self._manifest(self.units(), files).to_json()
 
-    def run(self) -> Manifest:
+    def foreign(self) -> bool:
+        """Whether the output holds an artifact of another model or other settings."""
+        if not (self.output / MANIFEST).is_file():
+            return False
+        found = Manifest.load(self.output / MANIFEST)
+        same = found.quantization == self.quantization and found.layouts == tuple(self.layouts.values())
+        return not same or found.model.source_digest != self.checkpoint.digest()
+
+    def run(self, check: bool = False) -> Manifest:
         """Make what is missing and write the manifest; does nothing where all is there.
+
+        Args:
+            check: compare finished shards with their recorded SHA-256 first, and make those anew that differ.
 
         Raises:
             CapacityError: the disk has less room than the missing shards need.
             StorageError: the directory cannot be written; shards already recorded are kept.
+            UsageError: another process is packing into the directory.
         """
-        if self.finished():
+        if self.output.is_dir() and not check and self.finished():
             return Manifest.load(self.output / MANIFEST)
+        with storage_errors(self.output, "create"):
+            self.output.mkdir(parents=True, exist_ok=True)
+        self._check_disk(sum(u.nbytes for u in self.units() if not self.records.load(u.shard, u.key)))
+        with self.records.lock():
+            if check:
+                self.records.drop_damaged()
+            return Manifest.load(self.output / MANIFEST) if self.finished() else self._run()
+
+    def _run(self) -> Manifest:
         units = self.units()
         missing = [unit for unit in units if not self.records.load(unit.shard, unit.key)]
         total = sum(unit.nbytes for unit in missing)
-        self._check_disk(total)
-        self.records.begin()
         with storage_errors(self.output / MANIFEST, "replace"):
-            (self.output / MANIFEST).unlink(missing_ok=True)
+            for outdated in (MANIFEST, PLAN):  # a plan belongs to its manifest
+                (self.output / outdated).unlink(missing_ok=True)
         done = 0
         for unit in missing:
             self._make(unit, done, total)
@@ -166,8 +186,7 @@ class Packer:
         return manifest
 
     def _check_disk(self, needed: int) -> None:
-        with storage_errors(self.output, "create"):
-            self.output.mkdir(parents=True, exist_ok=True)
+        with storage_errors(self.output, "measure"):
             free = shutil.disk_usage(self.output).free
         if needed > free:
             raise CapacityError(
@@ -224,7 +243,13 @@ class Packer:
 
     def _copy_companions(self) -> dict[str, str]:
         digests = {}
-        for name, content in self._companions().items():
+        companions = self._companions()
+        for pattern in COMPANIONS:  # of an earlier model: its chat template would be used with this one's tokenizer
+            for path in self.output.glob(pattern):
+                if path.name not in companions:
+                    with storage_errors(path, "remove"):
+                        path.unlink()
+        for name, content in companions.items():
             with atomic_writer(self.output / name) as stream:
                 stream.write(content)
             digests[name] = hashlib.sha256(content).hexdigest()

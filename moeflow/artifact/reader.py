@@ -17,9 +17,13 @@ from moeflow.files import sha256_file, storage_errors
 from moeflow.progress import Progress, silent
 from moeflow.schema import Manifest
 
-__all__ = ["Artifact", "MANIFEST"]
+__all__ = ["Artifact", "MANIFEST", "PLAN", "REPAIR"]
 
 MANIFEST = "manifest.json"
+PLAN = "plan.json"
+
+
+REPAIR = "fetch this file again, or mend it with `moeflow pack PROFILE -o DIRECTORY --overwrite`"
 
 
 class Artifact:
@@ -41,8 +45,11 @@ class Artifact:
         directory = Path(directory)
         path = directory / MANIFEST
         if not path.is_file():
-            started = (directory / ".moeflow").is_dir()
-            hint = "packing was interrupted: run `moeflow pack` again, it goes on" if started else "not an artifact"
+            hint = "not an artifact"
+            if (directory / ".moeflow").is_dir():
+                hint = "packing was interrupted: run `moeflow pack` again, it goes on"
+            elif (directory / "config.json").is_file():
+                hint = "this is a checkpoint; name it as the model of a profile and run `moeflow pack`"
             raise ArtifactError(f"{directory}: no {MANIFEST}: {hint}")
         artifact = cls(directory, Manifest.load(path))
         artifact._check_sizes()
@@ -52,16 +59,25 @@ class Artifact:
         for shard in self.manifest.shards:
             path = self.directory / shard.file
             if not path.is_file():
-                raise ArtifactError(f"{path}: missing; pack again or fetch this file again")
+                raise ArtifactError(f"{path}: missing; {REPAIR}")
             size = path.stat().st_size
             if size != shard.nbytes:
                 raise ArtifactError(
-                    f"{path}: needs {shard.nbytes} bytes, the file has {size}: it is truncated or altered; "
-                    "pack again or fetch this file again"
+                    f"{path}: needs {shard.nbytes} bytes, the file has {size}: it is truncated or altered; {REPAIR}"
                 )
         for name in self.manifest.files:
             if not (self.directory / name).is_file():
-                raise ArtifactError(f"{self.directory / name}: missing; pack again or fetch this file again")
+                raise ArtifactError(f"{self.directory / name}: missing; {REPAIR}")
+
+    def check_files(self) -> None:
+        """Compare config, tokenizer and other small files with their digests.
+
+        Raises:
+            ArtifactError: one differs.
+        """
+        for name, digest in self.manifest.files.items():
+            if sha256_file(self.directory / name) != digest:
+                raise ArtifactError(f"{self.directory / name}: its SHA-256 differs from the manifest's; {REPAIR}")
 
     def resident_header(self) -> Header:
         """Where the resident tensors are."""
@@ -92,8 +108,7 @@ class Artifact:
                 done += count
         if verify and hashlib.sha256(target).hexdigest() != self.manifest.layers[layer].digests[expert]:
             raise ArtifactError(
-                f"{path}: layer {layer}, expert {expert} is damaged (its SHA-256 differs from the manifest's); "
-                "pack again or fetch this file again"
+                f"{path}: layer {layer}, expert {expert} is damaged (its SHA-256 differs from the manifest's); {REPAIR}"
             )
 
     def verify(self, progress: Progress = silent) -> Iterator[str]:

@@ -7,11 +7,15 @@ artifact that is shared.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moeflow.files import storage_errors, write_json
+from moeflow.errors import StorageError, UsageError
+from moeflow.files import sha256_file, storage_errors, write_json
 from moeflow.schema import Shard
 
 __all__ = ["Records"]
@@ -32,10 +36,33 @@ class Records:
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
-    def begin(self) -> None:
-        """Make the directory: it tells that packing began."""
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Make the directory, which tells that packing began, and keep every other process out of it.
+
+        Raises:
+            UsageError: another process is packing here.
+        """
         with storage_errors(self.directory, "create"):
             self.directory.mkdir(parents=True, exist_ok=True)
+            stream = (self.directory / "lock").open("w")
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+            except BlockingIOError as error:
+                raise UsageError(f"{self.directory.parent}: another moeflow is packing here; wait for it") from error
+            yield
+
+    def drop_damaged(self) -> None:
+        """Forget shards whose bytes are no longer those that were written."""
+        for path in self.directory.glob("*.safetensors.json"):
+            shard = self.directory.parent / path.name.removesuffix(".json")
+            try:
+                sound = sha256_file(shard) == json.loads(path.read_text())["shard"]["sha256"]
+            except (StorageError, ValueError, TypeError, KeyError):
+                sound = False
+            if not sound:
+                path.unlink()
 
     def keep_only(self, shards: set[str]) -> None:
         """Remove shards, and their records, that an earlier model of this directory left behind."""

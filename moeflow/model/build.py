@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeflow.artifact.families import FAMILIES
+from moeflow.artifact.families import family_of
 from moeflow.artifact.reader import Artifact
 from moeflow.errors import ArtifactError
 from moeflow.model.experts import IMPLEMENTATION, ExpertRunner, offloaded_experts
@@ -42,7 +42,7 @@ def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner, device: to
     _assign_resident(model, artifact, dtype, device)
     model.to(device)
     if plan.prefetch.depth and plan.strategy == "full":
-        family = FAMILIES[artifact.manifest.model.type]
+        family = family_of({"model_type": artifact.manifest.model.type}, str(artifact.directory))
         routers = [
             _scores(model.get_submodule(layer.router), family.router_scores) for layer in artifact.manifest.layers
         ]

@@ -41,7 +41,7 @@ class _Fixed:
         return self.resident + self.kv_cache + self.staging + self.stream + self.workspace
 
 
-def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile) -> Plan:
+def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, manifest_digest: str = "") -> Plan:
     """Resolve every `auto` of `profile` for this model on this machine.
 
     Raises:
@@ -63,6 +63,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile) ->
     ram_experts = _ram_experts(profile, sizes, hardware, fixed.total + slot_bytes)
     in_ram = sum(layer.blob_nbytes * n for layer, n in zip(sizes.layers, ram_experts, strict=True))
     return Plan(
+        manifest_digest=manifest_digest,
         hardware=hardware.name,
         device=hardware.device,
         dtype=dtype,
@@ -102,7 +103,7 @@ def _prefetch(profile: Profile, sizes: ModelSizes) -> PlannedPrefetch:
     asked = profile.prefetch
     if asked.predictor == "none" or profile.strategy != "full":
         return PlannedPrefetch(predictor="none", depth=0, experts=0)
-    depth = 1 if asked.depth == "auto" else asked.depth
+    depth = min(1 if asked.depth == "auto" else asked.depth, len(sizes.layers) - 1)
     experts = sizes.top_k if asked.experts == "auto" else asked.experts
     most = min(layer.experts for layer in sizes.layers)
     if experts > most:

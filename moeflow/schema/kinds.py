@@ -22,5 +22,9 @@ def load_any(path: Path) -> Document:
     data = read_document(path)
     if not isinstance(data, dict):
         raise DocumentError(f"{path}: a document is a mapping of keys, this is {type(data).__name__}")
-    kind = max(KINDS, key=lambda k: len(k.model_fields.keys() & data.keys()))
+    shared = {kind: len((kind.model_fields.keys() & data.keys()) - {"format_version"}) for kind in KINDS}
+    kind = max(KINDS, key=shared.__getitem__)
+    if 4 * shared[kind] < len(data):  # a file of some other program, not a document with a few wrong keys
+        names = ", ".join(k.kind for k in KINDS)
+        raise DocumentError(f"{path}: has few or no keys of any document of moeflow ({names})")
     return kind.parse(data, str(path))

@@ -6,9 +6,9 @@ little-endian. The bytes are the same for the same checkpoint, settings and kind
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.quantization import Quantization, Scheme
@@ -119,6 +119,23 @@ class Manifest(Document):
     shards: tuple[Shard, ...]
     files: dict[str, Digest]
     """SHA-256 of config, tokenizer and other small files copied from the checkpoint."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """What the parts say of each other."""
+        files = {shard.file for shard in self.shards}
+        if not self.layers:
+            raise ValueError("layers is empty; a packed model has at least one MoE layer")
+        for i, layer in enumerate(self.layers):
+            if layer.layout >= len(self.layouts):
+                raise ValueError(f"layers.{i}.layout is {layer.layout}; there are {len(self.layouts)} layouts")
+            if len(layer.digests) != layer.experts:
+                raise ValueError(f"layers.{i} has {layer.experts} experts and {len(layer.digests)} digests")
+            if layer.shard not in files:
+                raise ValueError(f"layers.{i}.shard is {layer.shard}; it is not among shards")
+        if self.resident_shard not in files:
+            raise ValueError(f"resident_shard is {self.resident_shard}; it is not among shards")
+        return self
 
     def layout_of(self, layer: int) -> BlobLayout:
         """The blob layout of the `layer`-th MoE layer."""

@@ -6,7 +6,7 @@ times are seconds.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -65,6 +65,8 @@ class Plan(Document):
 
     kind: ClassVar[str] = "plan"
 
+    manifest_digest: str = ""
+    """Of the packed model; empty where the plan was made before packing."""
     hardware: str
     """Name of the hardware profile it was made for."""
     device: Literal["cuda", "cpu"]
@@ -72,14 +74,14 @@ class Plan(Document):
     strategy: Strategy
     policy: Policy
     context_length: int
-    cache_slots: tuple[int, ...]
+    cache_slots: tuple[Annotated[int, Field(ge=0)], ...]
     """k, per MoE layer."""
     staging_slots: int = Field(ge=1)
     """Landing buffers beside the cache, shared by all layers of one blob size."""
     stream_layers: int = Field(ge=0)
     """Whole-layer buffers for prefill: 2, or 0 where prefill must go through the cache."""
     prefetch: PlannedPrefetch
-    ram_experts: tuple[int, ...]
+    ram_experts: tuple[Annotated[int, Field(ge=0)], ...]
     """Per MoE layer, how many experts (the first) lie in host memory; the others are read from disk."""
     memory: MemoryBudget
     ram_nbytes: int

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moeflow.artifact.reader import Artifact
+from moeflow.artifact.reader import REPAIR, Artifact
 from moeflow.errors import ArtifactError, DocumentError, StorageError
 from moeflow.schema import Manifest
 
@@ -72,7 +72,7 @@ def test_every_file_that_is_missing_is_named(own_artifact: Path) -> None:
         path.unlink()
         with pytest.raises(ArtifactError) as caught:
             Artifact.open(own_artifact)
-        assert str(caught.value) == f"{path}: missing; pack again or fetch this file again"
+        assert str(caught.value) == f"{path}: missing; {REPAIR}"
         path.write_bytes(content)
     assert Artifact.open(own_artifact)
 
@@ -83,7 +83,10 @@ def test_every_shard_of_the_wrong_size_is_named_with_both_sizes(own_artifact: Pa
         path = own_artifact / shard.file
         content = path.read_bytes()
         os.truncate(path, shard.nbytes + change)
-        with pytest.raises(ArtifactError, match="pack again or fetch this file again") as caught:
+        with pytest.raises(
+            ArtifactError,
+            match="fetch this file again, or mend it with `moeflow pack PROFILE -o DIRECTORY --overwrite`",
+        ) as caught:
             Artifact.open(own_artifact)
         assert f"{path}: needs {shard.nbytes} bytes, the file has {shard.nbytes + change}" in str(caught.value)
         path.write_bytes(content)
@@ -254,7 +257,7 @@ def test_verifying_reports_bytes(tiny_artifact: Path) -> None:
 
 def test_an_artifact_is_read_without_torch(tiny_artifact: Path) -> None:
     script = (
-        "import sys; from moeflow.artifact.reader import Artifact; "
+        "import sys; from moeflow.artifact.reader import REPAIR, Artifact; "
         f"a = Artifact.open({str(tiny_artifact)!r}); "
         "a.read_blob(0, 0, memoryview(bytearray(a.manifest.layouts[0].nbytes))); "
         "sys.exit('torch' in sys.modules or bool(list(a.verify())))"

@@ -99,11 +99,29 @@ MANIFEST = Manifest(
     resident=(packed_matrix("model.layers.0.self_attn.q_proj.weight", 64, 64, HqqScheme(), "bfloat16"),),
     resident_error=0.05,
     resident_nbytes=4096,
-    shards=(Shard(file="experts-0.safetensors", nbytes=8192, sha256=DIGEST),),
+    shards=tuple(Shard(file=f"{n}.safetensors", nbytes=8192, sha256=DIGEST) for n in ("experts-0", "resident")),
     files={"config.json": DIGEST, "LICENSE": DIGEST},
 )  # fmt: skip
 DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"layers": []}, "layers is empty"),
+        ({"layout": 3}, r"layers\.0\.layout is 3; there are 1 layouts"),
+        ({"experts": 3}, r"layers\.0 has 3 experts and 2 digests"),
+        ({"shard": "other"}, r"layers\.0\.shard is other; it is not among shards"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_contradicts_itself_is_refused(fault: dict[str, object], message: str) -> None:
+    data = MANIFEST.to_dict()
+    for key, value in fault.items():
+        (data if key in data else data["layers"][0])[key] = value
+    with pytest.raises(DocumentError, match=message):
+        Manifest.parse(data, "manifest.json")
 
 
 def test_every_kind_of_document_is_tested_here() -> None:
