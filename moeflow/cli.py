@@ -71,7 +71,7 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Measure this machine: GPU, memory, link. The file is shareable; it names no host and no user."""
-    from moeflow.console import show_hardware
+    from moeflow.console import out, show_hardware
     from moeflow.probe.machine import probe as measure
     from moeflow.probe.match import known_hardware, match
 
@@ -80,7 +80,7 @@ def probe(
         hardware.save(output)
     if as_json:
         return typer.echo(hardware.to_json(), nl=False)
-    show_hardware(hardware)
+    show_hardware(hardware, to=out)
     if known := match(hardware, known_hardware().values()):
         typer.echo(f"like hardware/{known.name}.yaml: {known.description}")
     return None
@@ -142,11 +142,11 @@ def plan(
 ) -> None:
     """Show how a packed model would run: memory by use, cache, tiers, and a bound on its speed."""
     from moeflow import pipeline
-    from moeflow.console import show_plan
+    from moeflow.console import out, show_plan
 
     changes = {"hardware": hardware, "experts_per_layer": k, "policy": policy, "strategy": ablation}
     made = pipeline.plan_offload(artifact, changes, save=save)
-    return typer.echo(made.to_json(), nl=False) if as_json else show_plan(made)
+    return typer.echo(made.to_json(), nl=False) if as_json else show_plan(made, to=out)
 
 
 @app.command()

@@ -65,23 +65,23 @@ def progress_bar() -> Iterator[Progress]:
         yield report
 
 
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
+def _facts(to: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     for name, value in rows:
         table.add_row(name, escape(value))
-    err.print(table)
+    to.print(table)
 
 
-def _grid(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _grid(to: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(*headings, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="cyan")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    err.print(table)
+    to.print(table)
 
 
-def show_hardware(hardware: HardwareProfile) -> None:
+def show_hardware(hardware: HardwareProfile, to: Console = err) -> None:
     """A machine's facts."""
     gpu, cpu = hardware.gpu, hardware.cpu
     rows = [("GPU", f"{gpu.name}, {format_size(gpu.memory)}, compute {gpu.compute_capability}" if gpu else "none")]
@@ -94,10 +94,10 @@ def show_hardware(hardware: HardwareProfile) -> None:
     ]
     if hardware.disk:
         rows.append(("disk", f"{format_rate(hardware.disk.read)} read"))
-    _facts(f"{hardware.name} ({hardware.origin})", rows)
+    _facts(to, f"{hardware.name} ({hardware.origin})", rows)
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: Plan, to: Console = err) -> None:
     """A plan's numbers."""
     memory = plan.memory
     k = (
@@ -128,7 +128,7 @@ def show_plan(plan: Plan) -> None:
                 f"{format_size(bound.read_bytes)} read per token at these rates, if routing were uniform",
             )
         )
-    _facts(f"plan ({plan.strategy})", rows)
+    _facts(to, f"plan ({plan.strategy})", rows)
 
 
 def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
@@ -140,10 +140,10 @@ def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
         k = str(c.plan.cache_slots[0]) if c.plan else "-"
         speed = f"{c.tokens_per_second:.4g}" if c.plan else c.refusal
         rows.append((mark, label, format_size(c.expert_nbytes), k, speed))
-    _grid("quantization", ("", "experts", "size", "k", "bound, tokens/s"), rows)
+    _grid(err, "quantization", ("", "experts", "size", "k", "bound, tokens/s"), rows)
 
 
-def show_manifest(manifest: Manifest) -> None:
+def show_manifest(manifest: Manifest, to: Console = out) -> None:
     """A packed model: sizes by role, bits, layout."""
     facts, experts = manifest.model, manifest.quantization.experts
     packed = sum(s.nbytes for m in manifest.resident for s in m.segments)
@@ -151,6 +151,7 @@ def show_manifest(manifest: Manifest) -> None:
     expert_bits = 8 * manifest.expert_nbytes / facts.expert_parameters
     errors = [layer.relative_error for layer in manifest.layers]
     _facts(
+        to,
         f"{facts.source} ({facts.type})",
         [
             ("parameters", f"{facts.parameters:,}, of which {facts.expert_parameters:,} in experts"),
@@ -159,6 +160,7 @@ def show_manifest(manifest: Manifest) -> None:
         ],
     )
     _grid(
+        to,
         "sizes",
         ("role", "bytes", "bits a weight", "relative error"),
         [
@@ -178,7 +180,9 @@ def show_manifest(manifest: Manifest) -> None:
             for m in layout.matrices
             for s in m.segments
         ]
-        _grid(f"blob {number}: {layout.nbytes:,} bytes", ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows)
+        _grid(
+            to, f"blob {number}: {layout.nbytes:,} bytes", ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows
+        )
 
 
 def show_stats(stats: Statistics) -> None:

@@ -93,9 +93,9 @@ def test_pack_generate_verify_inspect(moe, tmp_path: Path, monkeypatch: pytest.M
     assert moe("verify", "artifacts/demo")[0] == 0
     code, out, _ = moe("inspect", "artifacts/demo", "--json")
     assert json.loads(out)["model"]["type"] == "mixtral"
-    code, _, err = moe("inspect", "artifacts/demo")
-    assert "gate_up" in err
-    assert "4-bit g64" in err
+    code, out, _ = moe("inspect", "artifacts/demo")
+    assert "gate_up" in out
+    assert "4-bit g64" in out
 
 
 def test_ablations_give_the_same_greedy_text(moe, demo_artifact: Path) -> None:
@@ -276,7 +276,7 @@ def test_plan_shows_and_does_not_save(moe, demo_artifact: Path) -> None:
     assert code == 0
     assert json.loads(out)["device"] == "cuda"
     assert (demo_artifact / "plan.json").read_bytes() == before
-    assert "KV cache" in moe("plan", demo_artifact, "--hardware", "t4")[2]
+    assert "KV cache" in moe("plan", demo_artifact, "--hardware", "t4")[1]
 
 
 def test_autotune_writes_what_pack_takes(moe, tmp_path: Path) -> None:
