@@ -28,6 +28,7 @@ from moeflow.planning.planner import PREFILL_CHUNK
 from moeflow.progress import Progress, silent
 from moeflow.schema import Plan
 from moeflow.schema.units import format_size
+from moeflow.text import TextCodec
 
 __all__ = ["Engine"]
 
@@ -49,6 +50,7 @@ class Engine:
         """Of the last generation."""
         self.device = _device(plan)
         artifact.check_files()
+        self._text = TextCodec(artifact.directory)
         self._model: Any = None
         self._store = HostStore(artifact, plan.ram_experts, pin=plan.device == "cuda", progress=progress)
         self._link = make_link(self._store, self.device)
@@ -70,12 +72,10 @@ class Engine:
 
     # -- tokens and logits --------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.artifact.directory)
+        return self._text.tokenizer
 
     def new_cache(self) -> Any:
         """An empty KV cache for `forward`."""
@@ -150,23 +150,7 @@ class Engine:
         Arguments are those of `generate`.
         """
         tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed, session)
-        return (piece for _, piece in self._pieces(tokens) if piece)
-
-    def _pieces(self, tokens: TokenStream) -> Iterator[tuple[int | None, str]]:
-        """Ids and the text each completes; the last pair may be text alone, of an unfinished character."""
-        from tokenizers.decoders import DecodeStream
-
-        # begun with the prompt, since some tokenizers drop a space that stands first
-        decoder = DecodeStream(ids=tokens.prompt, skip_special_tokens=True)
-        waiting: list[int] = []
-        for token in tokens:
-            waiting.append(token)
-            piece = decoder.step(self.tokenizer.backend_tokenizer, token)
-            if piece:
-                waiting.clear()
-            yield token, piece or ""
-        if waiting:
-            yield None, self.tokenizer.decode(waiting, skip_special_tokens=True)
+        return (piece for _, piece in self._text.pieces(tokens.prompt, tokens) if piece)
 
     def generate(
         self,
@@ -193,7 +177,7 @@ class Engine:
             UsageError: prompt and answer do not fit the context length, or a setting is out of range.
         """
         tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed, session)
-        pieces = list(self._pieces(tokens))
+        pieces = list(self._text.pieces(tokens.prompt, tokens))
         ids = tuple(token for token, _ in pieces if token is not None)
         return Generation("".join(piece for _, piece in pieces), ids, tokens.stats)
 
@@ -238,7 +222,7 @@ class Engine:
         return set(stop) if isinstance(stop, list) else {stop} - {None}
 
     def _ids(self, text_or_ids: str | Sequence[int], room: int) -> list[int]:
-        ids = self._encode(text_or_ids) if isinstance(text_or_ids, str) else [int(i) for i in text_or_ids]
+        ids = self._text.encode(text_or_ids) if isinstance(text_or_ids, str) else [int(i) for i in text_or_ids]
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
         self._check_open()
@@ -254,37 +238,13 @@ class Engine:
             )
         return ids
 
-    def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"the prompt is not text: character {error.start} is not valid UTF-8") from error
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        return ids
-
     def session(self) -> Session:
         """An empty session for `generate` and `stream`, to keep a conversation's KV cache between turns."""
         return Session(self)
 
     def conversation(self, messages: Sequence[dict[str, str]], room: int = 0) -> list[int]:
-        """The prompt for a chat: by the model's template, or the messages as running text where it has none.
-
-        The oldest turns are left out as far as needed for `room` more tokens to fit the context.
-        """
-        kept = list(messages)
-        while True:
-            ids = self._conversation_ids(kept)
-            if len(ids) + room <= self.plan.context_length or len(kept) < 3:
-                return ids
-            kept = kept[2:]
-
-    def _conversation_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if not self.tokenizer.chat_template:
-            return self._encode("\n".join(message["content"] for message in messages) + "\n")
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=False
-        )
-        return ids
+        """The prompt for a chat, less the oldest turns where it and `room` more tokens would not fit the context."""
+        return self._text.conversation(messages, self.plan.context_length - room)
 
     def _check_open(self) -> None:
         if self._model is None:

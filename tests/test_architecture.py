@@ -21,7 +21,7 @@ LAYERS = [
     {"artifact", "probe"},
     {"offload"},
     {"model", "planning"},
-    {"generation"},
+    {"generation", "text"},
     {"engine"},
     {"pipeline"},
     {"console"},
