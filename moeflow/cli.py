@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moeflow.errors import MoeflowError
+
+if TYPE_CHECKING:
+    from moeflow.engine import Engine
 
 __all__ = ["app", "main"]
 
@@ -165,13 +168,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt. Text streams to stdout, statistics follow on stderr."""
-    from moeflow import pipeline
-    from moeflow.console import progress_bar
-
     changes = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
-    with progress_bar() as progress:
-        engine = pipeline.load(artifact, progress=progress, **changes)
-    with engine:
+    with _load(artifact, **changes) as engine:
         _answer(
             engine,
             prompt,
@@ -184,7 +182,19 @@ def generate(
         )
 
 
-def _answer(engine: Any, prompt: str | list[int], as_json: bool, **settings: Any) -> str:
+def _load(artifact: Path, **changes: Any) -> Engine:
+    """The engine, with a progress bar, and a word where it will be slower than planned."""
+    from moeflow import pipeline
+    from moeflow.console import progress_bar, say
+
+    with progress_bar() as progress:
+        engine = pipeline.load(artifact, progress=progress, **changes)
+    if engine.device.type == "cuda" and not engine.pinned:
+        say("the system refused page-locked memory for the experts: copies will be slower and not overlap computation")
+    return engine
+
+
+def _answer(engine: Engine, prompt: str | list[int], as_json: bool, **settings: Any) -> str:
     """Generate, show and return one answer."""
     from moeflow.console import show_stats
 
@@ -217,13 +227,10 @@ def chat(
     hardware: Hardware = None,
 ) -> None:
     """Talk to a packed model; an empty line or Ctrl-D ends. A model without chat template continues the text."""
-    from moeflow import pipeline
-    from moeflow.console import progress_bar, say
+    from moeflow.console import say
 
     changes = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
-    with progress_bar() as progress:
-        engine = pipeline.load(artifact, progress=progress, **changes)
-    with engine:
+    with _load(artifact, **changes) as engine:
         messages: list[dict[str, str]] = []
         session = engine.session()
         say("an empty line ends the conversation")
@@ -319,8 +326,7 @@ def quickstart(
         with progress_bar() as progress:
             pipeline.pack(chosen.profile, output, hardware=machine, progress=progress)
     say(f"loading {output}")
-    with progress_bar() as progress:
-        engine = pipeline.load(output, progress=progress)
+    engine = _load(output)
     show_plan(engine.plan)
     say(f'"{prompt}" goes on:')
     with engine:

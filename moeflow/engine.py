@@ -73,6 +73,11 @@ class Engine:
     # -- tokens and logits --------------------------------------------------------------------------------
 
     @property
+    def pinned(self) -> bool:
+        """Whether the experts lie in page-locked memory; where they do not, copies wait for the CPU."""
+        return self._store.pinned
+
+    @property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model."""
         return self._text.tokenizer
