@@ -299,7 +299,7 @@ def test_an_engine_that_was_interrupted_anywhere_goes_on_rightly(
             assert torch.equal(engine.logits(ids, chunk=1), stepwise)
 
 
-def test_a_disk_that_fails_once_fails_one_call(
+def test_a_disk_that_fails_for_a_while_fails_only_then(
     tiny_checkpoint: Path, packed: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = random_ids(20)
@@ -308,13 +308,13 @@ def test_a_disk_that_fails_once_fails_one_call(
         original = engine._store.read
 
         def fail(*_: object) -> None:
-            monkeypatch.setattr(engine._store, "read", original)
             raise StorageError("the disk did not answer")
 
         for chunk in (512, 1):
             monkeypatch.setattr(engine._store, "read", fail)
             with pytest.raises(StorageError, match="did not answer"):
                 engine.logits(ids, chunk=chunk)
+            monkeypatch.setattr(engine._store, "read", original)
             assert torch.equal(engine.logits(ids), expected)
             assert torch.equal(engine.logits(ids, chunk=1), stepwise)
 

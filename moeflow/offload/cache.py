@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moeflow.errors import MoeflowError
 from moeflow.offload.link import Link, Ticket
 from moeflow.offload.policy import CachePolicy, make_policy
 from moeflow.offload.traffic import Traffic
@@ -103,7 +104,7 @@ class ExpertCache:
         while arriving:
             expert = arriving.popleft()
             landing = state.landings[expert]
-            landing.ticket.wait()
+            self._wait(layer, expert, landing, guessed=expert in landed)
             yield expert, state.pool.memory[landing.buffer]
             del state.landings[expert]
             self._keep(state, expert, landing.buffer)
@@ -141,6 +142,17 @@ class ExpertCache:
                 buffer = state.pool.free.popleft()
                 state.pool.memory[buffer].copy_(blob)
                 self._keep(state, expert, buffer)
+
+    def _wait(self, layer: int, expert: int, landing: _Landing, guessed: bool) -> None:
+        """Until the expert is there; a guess that could not be read is a miss, not an error of a step long past."""
+        try:
+            landing.ticket.wait()
+        except MoeflowError:
+            if not guessed:
+                raise
+            target = self._layers[layer].pool.memory[landing.buffer]
+            landing.ticket = self._link.fetch(layer, expert, target)
+            landing.ticket.wait()
 
     def _keep(self, state: _Layer, expert: int, buffer: int) -> None:
         state.slots[expert] = buffer

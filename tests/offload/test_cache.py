@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moeflow.artifact.layout import expert_layout
+from moeflow.errors import StorageError
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.policy import LruPolicy
 from moeflow.offload.traffic import Traffic
@@ -147,6 +148,24 @@ def test_guesses_of_one_step_do_not_take_each_others_buffers() -> None:
     assert [job for job in link.asked if job[0] == 1] == [(1, 5), (1, 6)]
     use(cache, 1, [5, 6])
     assert (traffic.guesses, traffic.guesses_used) == (2, 2)
+
+
+def test_a_guess_that_could_not_be_read_is_a_miss() -> None:
+    class Broken:
+        def wait(self) -> None:
+            raise StorageError("the disk did not answer")
+
+        def settle(self) -> None:
+            pass
+
+    cache, link, _ = make_cache((2, 2), staging=2)
+    use(cache, 0, [0], [(1, 5)])
+    cache._layers[1].landings[5].ticket = Broken()
+    use(cache, 1, [5])
+    assert link.asked.count((1, 5)) == 2
+    link.fetch = lambda *_: Broken()  # type: ignore[method-assign]
+    with pytest.raises(StorageError):
+        use(cache, 1, [6])
 
 
 def test_after_a_reset_the_cache_is_cold_and_serves() -> None:
