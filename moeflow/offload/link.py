@@ -8,7 +8,7 @@ by the worker in both cases.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
 import torch
@@ -98,7 +98,7 @@ class _DiskTicket:
         torch.cuda.current_stream().wait_event(self._future.result())
 
     def settle(self) -> None:
-        self._future.result()  # until then the copy is not in the stream's order
+        wait([self._future])  # until then the copy is not in the stream's order; whether it failed is nobody's business
 
 
 class CudaLink:
