@@ -148,7 +148,9 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
     facts, experts = manifest.model, manifest.quantization.experts
     packed = sum(s.nbytes for m in manifest.resident for s in m.segments)
     dense = manifest.resident_nbytes - packed
-    expert_bits = 8 * manifest.expert_nbytes / facts.expert_parameters
+    weights = sum(m.rows * m.columns for m in manifest.resident)
+    expert_bits = 8 * manifest.expert_nbytes / facts.expert_parameters  # with scales, zeros and padding
+    attention_bits = f"{8 * packed / weights:.2f}" if weights else ""
     errors = [layer.relative_error for layer in manifest.layers]
     _facts(
         to,
@@ -170,7 +172,7 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
                 f"{expert_bits:.2f}",
                 f"{min(errors):.4f}-{max(errors):.4f}",
             ),
-            ("attention, packed", format_size(packed), "", f"{manifest.resident_error:.4f}"),
+            ("attention, packed", format_size(packed), attention_bits, f"{manifest.resident_error:.4f}"),
             ("other resident", format_size(dense), "", "0"),
         ],
     )

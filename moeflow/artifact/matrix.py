@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moeflow.kernels.dequantize import affine
+from moeflow.kernels.dequantize import affine, codebook, pairs, row_scaled
 from moeflow.kernels.packing import pack
-from moeflow.quantization.base import AffineCodes, Quantizer
-from moeflow.schema import HqqScheme, PackedMatrix, Segment
+from moeflow.quantization.base import Codes, Quantizer
+from moeflow.schema import BitsAndBytesScheme, DenseScheme, PackedMatrix, Segment
 
 __all__ = ["encode", "segment_view", "parts_of", "dequantize"]
 
@@ -27,7 +27,13 @@ def parts_of(matrix: PackedMatrix, blob: Tensor) -> dict[str, Tensor]:
     return {segment.part: segment_view(blob, segment) for segment in matrix.segments}
 
 
-def encode(matrix: PackedMatrix, weights: Sequence[Tensor], quantizer: Quantizer, blob: Tensor) -> tuple[float, float]:
+def encode(
+    matrix: PackedMatrix,
+    weights: Sequence[Tensor],
+    quantizer: Quantizer,
+    blob: Tensor,
+    biases: Sequence[Tensor] = (),
+) -> tuple[float, float]:
     """Quantize `weights` one by one, stack their rows, and write them to the matrix's place in `blob`.
 
     Args:
@@ -35,27 +41,32 @@ def encode(matrix: PackedMatrix, weights: Sequence[Tensor], quantizer: Quantizer
         weights: each [N_i, K], on the device that shall quantize.
         quantizer: the backend of `matrix.scheme`.
         blob: uint8, in host memory.
+        biases: each [N_i], as many as weights, where the matrix has a bias; they are stored in float32.
 
     Returns:
         Sums of squares of the error and of the weights, for a relative error over many matrices.
     """
-    stored = [quantizer.quantize(weight) for weight in weights]
-    for segment, value in zip(matrix.segments, _arrays(matrix, stored), strict=True):
-        segment_view(blob, segment).copy_(value.view(segment.shape))
+    assert len(biases) == (len(weights) if matrix.bias else 0), "a biased matrix takes a bias with each weight"
+    arrays = _arrays(matrix, [quantizer.quantize(weight) for weight in weights])
+    if biases:
+        arrays["bias"] = torch.cat(list(biases)).float()
+    assert arrays.keys() == {segment.part for segment in matrix.segments}, "the backend gives what the layout has"
+    for segment in matrix.segments:
+        segment_view(blob, segment).copy_(arrays[segment.part].view(segment.shape))
     restored = dequantize(matrix, parts_of(matrix, blob), torch.float32).to(weights[0].device)
     original = torch.cat([w.float() for w in weights])
     weight = _square_sum(original)
     return _square_sum(original.sub_(restored)), weight  # not in place of `restored`, which may be the blob itself
 
 
-def _arrays(matrix: PackedMatrix, stored: Sequence[AffineCodes | Tensor]) -> list[Tensor]:
-    """The segments' contents in the segments' order."""
-    if not isinstance(matrix.scheme, HqqScheme):
-        return [torch.cat([s for s in stored if isinstance(s, Tensor)])]
-    affine_codes = [s for s in stored if isinstance(s, AffineCodes)]
-    words, high = pack(torch.cat([s.codes for s in affine_codes]), matrix.scheme.bits)
-    scales = torch.cat([s.scales for s in affine_codes])
-    return [words, scales] if high is None else [words, high, scales]
+def _arrays(matrix: PackedMatrix, stored: Sequence[Codes | Tensor]) -> dict[str, Tensor]:
+    """The segments' contents by part, rows of all `stored` one after the other."""
+    if isinstance(matrix.scheme, DenseScheme):
+        return {"dense": torch.cat([s for s in stored if isinstance(s, Tensor)])}
+    quantized = [s for s in stored if isinstance(s, Codes)]
+    words, high = pack(torch.cat([s.codes for s in quantized]), matrix.scheme.bits)
+    arrays = {part: torch.cat([s.factors[part] for s in quantized]) for part in quantized[0].factors}
+    return {"words": words, **({} if high is None else {"high": high}), **arrays}
 
 
 def _square_sum(tensor: Tensor) -> float:
@@ -63,7 +74,12 @@ def _square_sum(tensor: Tensor) -> float:
 
 
 def dequantize(matrix: PackedMatrix, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The matrix `[rows, columns]` in `dtype`; a view of `parts` where nothing has to be computed."""
-    if isinstance(matrix.scheme, HqqScheme):
-        return affine(parts["words"], parts.get("high"), parts["scales"], matrix.scheme.bits, dtype)
-    return parts["dense"].to(dtype)
+    """The matrix `[rows, columns]` in `dtype`, without its bias; a view of `parts` where nothing has to be computed."""
+    scheme = matrix.scheme
+    if isinstance(scheme, DenseScheme):
+        return parts["dense"].to(dtype)
+    if isinstance(scheme, BitsAndBytesScheme):
+        restore = codebook if scheme.format == "nf4" else row_scaled
+        return restore(parts["words"], parts["scales"], dtype)
+    scales = parts["scales"] if scheme.metadata_bits == 16 else pairs(parts["meta"], parts["meta_scales"])
+    return affine(parts["words"], parts.get("high"), scales, scheme.bits, dtype)

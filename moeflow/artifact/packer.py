@@ -11,38 +11,28 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moeflow import __version__
+from moeflow.artifact.blueprint import RESIDENT_SHARD, Blueprint
 from moeflow.artifact.checkpoint import Checkpoint
-from moeflow.artifact.layout import expert_layout, packed_matrix
 from moeflow.artifact.reader import MANIFEST, PLAN
 from moeflow.artifact.records import Records
 from moeflow.artifact.shards import Written, write_experts, write_resident
 from moeflow.errors import CapacityError, UsageError
 from moeflow.files import atomic_writer, sha256_file, storage_errors
 from moeflow.progress import Progress, silent
-from moeflow.schema import (
-    BlobLayout,
-    DenseScheme,
-    ExpertLayer,
-    Manifest,
-    ModelFacts,
-    PackedMatrix,
-    Quantization,
-    Shard,
-)
+from moeflow.quantization.registry import library_version
+from moeflow.schema import ExpertLayer, Manifest, Quantization, Scheme, Shard
 from moeflow.schema.units import format_size
 
 __all__ = ["Packer"]
 
-RESIDENT_SHARD = "resident.safetensors"
 # Small files that make the artifact usable, and shareable, without the checkpoint.
 COMPANIONS = (
     "config.json",
@@ -85,7 +75,6 @@ class Packer:
         progress: Progress = silent,
     ):
         self.checkpoint = checkpoint
-        self.source = source
         self.quantization = quantization
         self.output = output
         self.progress = progress
@@ -93,41 +82,27 @@ class Packer:
         if output.resolve() == checkpoint.directory.resolve():
             raise UsageError(f"{output}: is the checkpoint itself; choose another directory for the artifact")
         self.records = Records(output / ".moeflow")
-        shapes = dict.fromkeys((layer.hidden, layer.intermediate) for layer in checkpoint.layers)
-        self.layouts: dict[tuple[int, int], BlobLayout] = {
-            shape: expert_layout(*shape, quantization.experts, checkpoint.dtype) for shape in shapes
-        }
-        self.resident = {m.name: m for m in self._resident_matrices()}
-
-    def _resident_matrices(self) -> Iterator[PackedMatrix]:
-        """Layouts of the resident matrices that are quantized; each is a little blob of its own."""
-        scheme = self.quantization.attention
-        if isinstance(scheme, DenseScheme):
-            return
-        for name, stored in self.checkpoint.resident.items():
-            if self.checkpoint.family.is_attention(name):
-                rows, columns = self.checkpoint.tensors[stored].shape
-                yield packed_matrix(name, rows, columns, scheme, self.checkpoint.dtype)
+        self.blueprint = Blueprint(checkpoint, source, quantization)
 
     def units(self) -> list[_Unit]:
         """All shards, in the order in which they are made."""
-        layers = self.checkpoint.layers
-        width = len(str(len(layers) - 1))
+        layers, blueprint = self.checkpoint.layers, self.blueprint
         units = []
         for i, layer in enumerate(layers):
             names = [name for expert in layer.experts for name in expert.values()]
-            layout = self.layouts[layer.hidden, layer.intermediate]
-            key = self._key(names, layout.model_dump(mode="json"))
+            layout = blueprint.layout(i)
+            key = self._key(names, layout.model_dump(mode="json"), self.quantization.experts)
             nbytes = layout.nbytes * len(layer.experts)
-            units.append(_Unit(f"experts-{i:0{width}}.safetensors", f"layer {i + 1} of {len(layers)}", key, nbytes, i))
+            units.append(_Unit(blueprint.shard(i), f"layer {i + 1} of {len(layers)}", key, nbytes, i))
         names = list(self.checkpoint.resident.values())
-        key = self._key(names, [m.model_dump(mode="json") for m in self.resident.values()])
+        matrices = [m.model_dump(mode="json") for m in blueprint.resident.values()]
+        key = self._key(names, matrices, self.quantization.attention)
         nbytes = sum(self.checkpoint.tensors[n].nbytes for n in names)
         return [*units, _Unit(RESIDENT_SHARD, "attention, embeddings, norms", key, nbytes, None)]
 
-    def _key(self, names: list[str], settings: Any) -> str:
+    def _key(self, names: list[str], settings: Any, scheme: Scheme) -> str:
         """Equal keys: same stored bytes, settings, kind of device and code, so the same shard."""
-        code = [__version__, version("hqq")]
+        code = [__version__, library_version(scheme)]
         content = [self.checkpoint.fingerprint(names), settings, self.device.type, code]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -145,7 +120,7 @@ class Packer:
         if not (self.output / MANIFEST).is_file():
             return False
         found = Manifest.load(self.output / MANIFEST)
-        same = found.quantization == self.quantization and found.layouts == tuple(self.layouts.values())
+        same = found.quantization == self.quantization and found.layouts == self.blueprint.layouts
         return not same or found.model.source_digest != self.checkpoint.digest()
 
     def run(self, check: bool = False) -> Manifest:
@@ -198,15 +173,18 @@ class Packer:
         advance = self._advance(unit.title, done, total)
         path = self.output / unit.shard
         if unit.layer is None:
-            written = write_resident(path, self.checkpoint, self.resident, self.device, advance)
+            written = write_resident(path, self.checkpoint, self.blueprint.resident, self.device, advance)
         else:
-            layer = self.checkpoint.layers[unit.layer]
-            layout = self.layouts[layer.hidden, layer.intermediate]
+            layer, layout = self.checkpoint.layers[unit.layer], self.blueprint.layout(unit.layer)
             written = write_experts(path, self.checkpoint, layer, layout, self.device, advance)
-        entry = self._layer_entry(unit.layer, written) if unit.layer is not None else None
-        resident = {"relative_error": written.relative_error, "nbytes": written.shard.nbytes - written.data_offset}
-        note = entry.model_dump(mode="json") if entry else resident
-        self.records.save(unit.shard, unit.key, written.shard, note)
+        self.records.save(unit.shard, unit.key, written.shard, self._note(unit, written))
+
+    def _note(self, unit: _Unit, written: Written) -> dict[str, Any]:
+        """What the manifest will say of a shard beside its size and digest."""
+        if unit.layer is None:
+            return {"relative_error": written.relative_error}
+        entry = self.blueprint.expert_layer(unit.layer, written.data_offset, written.digests, written.relative_error)
+        return entry.model_dump(mode="json")
 
     def _advance(self, title: str, done: int, total: int) -> Callable[[int], None]:
         position = done
@@ -218,19 +196,6 @@ class Packer:
             self.progress(title, position, total)
 
         return advance
-
-    def _layer_entry(self, position: int, written: Written) -> ExpertLayer:
-        layer, family = self.checkpoint.layers[position], self.checkpoint.family
-        return ExpertLayer(
-            module=family.module.format(layer=layer.index),
-            router=family.router.format(layer=layer.index),
-            experts=len(layer.experts),
-            layout=list(self.layouts).index((layer.hidden, layer.intermediate)),
-            shard=written.shard.file,
-            data_offset=written.data_offset,
-            digests=written.digests,
-            relative_error=written.relative_error,
-        )
 
     def _companions(self) -> dict[str, bytes]:
         """Small files of the checkpoint that the artifact carries along."""
@@ -260,29 +225,5 @@ class Packer:
         notes = [record["entry"] for record in records if record]
         shards = [Shard.model_validate(record["shard"]) for record in records if record]
         assert len(shards) == len(units), "every unit was recorded"
-        return Manifest(
-            model=self._facts(),
-            quantization=self.quantization,
-            layouts=tuple(self.layouts.values()),
-            layers=tuple(ExpertLayer.model_validate(note) for note in notes[:-1]),
-            resident_shard=RESIDENT_SHARD,
-            resident=tuple(self.resident.values()),
-            resident_error=notes[-1]["relative_error"],
-            resident_nbytes=notes[-1]["nbytes"],
-            shards=tuple(shards),
-            files=files,
-        )
-
-    def _facts(self) -> ModelFacts:
-        checkpoint = self.checkpoint
-        return ModelFacts(
-            source=self.source,
-            type=checkpoint.family.model_type,
-            source_digest=checkpoint.digest(),
-            dtype=checkpoint.dtype,
-            parameters=checkpoint.parameters(),
-            expert_parameters=checkpoint.parameters(experts_only=True),
-            top_k=checkpoint.top_k,
-            kv_values_per_token=checkpoint.kv_values_per_token,
-            max_context=checkpoint.max_context,
-        )
+        layers = [ExpertLayer.model_validate(note) for note in notes[:-1]]
+        return self.blueprint.manifest(layers, shards, notes[-1]["relative_error"], files)

@@ -23,7 +23,7 @@ from moeflow.schema import BlobLayout, PackedMatrix, Shard
 
 __all__ = ["Written", "write_experts", "write_resident"]
 
-_STORED = {"int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+_STORED = {"uint8": "U8", "int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _ROLES = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 

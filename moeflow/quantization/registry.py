@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 
 from moeflow.errors import DocumentError, unknown
 from moeflow.quantization.base import Quantizer
 from moeflow.schema.quantization import Scheme
 
-__all__ = ["quantizer_for"]
+__all__ = ["quantizer_for", "library_version"]
 
-# Named, not imported: hqq takes 5 s to import.
+# Named, not imported: hqq and bitsandbytes take 5 s each to import.
 BACKENDS = {
+    "bitsandbytes": ("moeflow.quantization.bitsandbytes", "BitsAndBytesQuantizer"),
     "hqq": ("moeflow.quantization.hqq", "HqqQuantizer"),
     "none": ("moeflow.quantization.dense", "DenseQuantizer"),
 }
@@ -24,3 +26,8 @@ def quantizer_for(scheme: Scheme) -> Quantizer:
     module, name = BACKENDS[scheme.backend]
     quantizer: Quantizer = getattr(import_module(module), name)(scheme)
     return quantizer
+
+
+def library_version(scheme: Scheme) -> str:
+    """Version of the library that decides the codes; a change of it makes packed shards outdated."""
+    return "" if scheme.backend == "none" else version(scheme.backend)

@@ -21,10 +21,11 @@ Digest = str
 class Segment(Part):
     """One plain array inside a blob or a resident tensor."""
 
-    part: Literal["words", "high", "scales", "dense"]
-    """words: packed integers; high: the third bit of 3-bit weights; scales: scale and zero pairs; dense: 16 or
-    32 bit numbers."""
-    dtype: Literal["int32", "float16", "bfloat16", "float32"]
+    part: Literal["words", "high", "scales", "meta", "meta_scales", "dense", "bias"]
+    """words: packed integers; high: the third bit of 3-bit weights; scales: scale and zero pairs, or scales alone;
+    meta: pairs as 8-bit codes; meta_scales: what turns these codes into pairs; dense: 16 or 32 bit numbers; bias:
+    what is added to the products."""
+    dtype: Literal["uint8", "int32", "float16", "bfloat16", "float32"]
     shape: tuple[int, ...]
     offset: int = Field(ge=0)
     """Bytes from the start of the blob."""
@@ -39,6 +40,11 @@ class PackedMatrix(Part):
     columns: int = Field(ge=1)
     scheme: Scheme
     segments: tuple[Segment, ...]
+
+    @property
+    def bias(self) -> bool:
+        """Whether a bias is stored with the matrix."""
+        return any(segment.part == "bias" for segment in self.segments)
 
 
 class BlobLayout(Part):

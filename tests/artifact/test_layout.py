@@ -12,14 +12,17 @@ import pytest
 
 from moeflow.artifact.layout import PAGE, expert_layout, packed_matrix
 from moeflow.errors import DocumentError
-from moeflow.schema import BlobLayout, DenseScheme, HqqScheme, PackedMatrix, Scheme
+from moeflow.schema import BitsAndBytesScheme, BlobLayout, DenseScheme, HqqScheme, PackedMatrix, Scheme
 
 SCHEMES: list[Scheme] = [
     *(HqqScheme(bits=b, group_size=g) for b in (2, 3, 4, 8) for g in (16, 32, 64, 128, 256)),
+    *(HqqScheme(bits=b, group_size=g, metadata_bits=8) for b in (2, 3, 4, 8) for g in (16, 64, 256)),
+    BitsAndBytesScheme(format="nf4"),
+    BitsAndBytesScheme(format="int8"),
     DenseScheme(),
 ]
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
-ITEM = {"int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
+ITEM = {"uint8": 1, "int32": 4, "float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def _random_layouts(scheme: Scheme, count: int = 20) -> list[tuple[int, int, BlobLayout]]:
@@ -68,14 +71,31 @@ def _bits_per_weight(matrix: PackedMatrix, *parts: str) -> float:
 
 
 @schemes
-def test_a_weight_takes_its_bits_and_a_group_takes_32_more(scheme: Scheme) -> None:
+def test_a_weight_takes_its_bits_and_a_group_its_scales(scheme: Scheme) -> None:
     matrix = packed_matrix("m", 512, 1024, scheme, "bfloat16")
     if isinstance(scheme, DenseScheme):
         assert _bits_per_weight(matrix, "dense") == 16
         return
     assert _bits_per_weight(matrix, "words", "high") == scheme.bits
-    assert _bits_per_weight(matrix, "scales") == 32 / scheme.group_size
-    assert [s.part for s in matrix.segments] == ["words", *(["high"] if scheme.bits == 3 else []), "scales"]
+    words = ["words", *(["high"] if scheme.bits == 3 else [])]
+    if isinstance(scheme, BitsAndBytesScheme):
+        assert _bits_per_weight(matrix, "scales") == (16 / 64 if scheme.format == "nf4" else 32 / 1024)
+        assert [s.part for s in matrix.segments] == ["words", "scales"]
+    elif scheme.metadata_bits == 16:
+        assert _bits_per_weight(matrix, "scales") == 32 / scheme.group_size
+        assert [s.part for s in matrix.segments] == [*words, "scales"]
+    else:
+        assert _bits_per_weight(matrix, "meta") == 16 / scheme.group_size
+        assert _bits_per_weight(matrix, "meta_scales") == 128 / 1024  # one block of at most 128 groups
+        assert [s.part for s in matrix.segments] == [*words, "meta", "meta_scales"]
+
+
+@pytest.mark.parametrize(("columns", "blocks"), [(16, 1), (2032, 1), (2048, 1), (2064, 2), (4096, 2), (14336, 7)])
+def test_every_128_groups_of_a_row_share_their_steps(columns: int, blocks: int) -> None:
+    matrix = packed_matrix("m", 3, columns, HqqScheme(bits=2, group_size=16, metadata_bits=8), "bfloat16")
+    shapes = {s.part: (s.dtype, s.shape) for s in matrix.segments}
+    assert shapes["meta"] == ("uint8", (3, columns // 16, 2))
+    assert shapes["meta_scales"] == ("float32", (3, blocks, 4))
 
 
 @pytest.mark.parametrize(("dense", "item"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
@@ -90,6 +110,21 @@ def test_mixtral_at_two_bits_takes_the_papers_size() -> None:
     for group_size in (16, 64):
         layout = expert_layout(4096, 14336, HqqScheme(bits=2, group_size=group_size), "bfloat16")
         assert layout.nbytes == weights * 2 // 8 + weights // group_size * 4
+
+
+def test_mixtral_with_eight_bit_scales_takes_three_bits_a_weight() -> None:
+    """2 bits, 16 for every 16 weights, and 16 bytes for every 2048: 3.0625 (64.3 MiB; the paper's code 63.3)."""
+    weights = 3 * 4096 * 14336
+    layout = expert_layout(4096, 14336, HqqScheme(bits=2, group_size=16, metadata_bits=8), "bfloat16")
+    assert layout.nbytes == weights * 3 // 8 + weights // 2048 * 16 == 67_436_544
+    assert 8 * layout.nbytes / weights == 3.0625
+
+
+def test_mixtral_with_bitsandbytes() -> None:
+    weights = 3 * 4096 * 14336
+    nf4, int8 = (expert_layout(4096, 14336, BitsAndBytesScheme(format=f), "bfloat16") for f in ("nf4", "int8"))
+    assert 8 * nf4.nbytes / weights == 4.25
+    assert int8.nbytes == weights + 4 * (2 * 14336 + 4096)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +146,26 @@ def test_a_group_that_does_not_divide_is_refused_with_those_that_do(
         packed_matrix("down", 64, columns, scheme, "bfloat16")
     assert str(caught.value).startswith(f"down has {columns} inputs, not a multiple of ")
     assert f"({scheme.label}); {fitting}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "columns", "line"),
+    [
+        ("nf4", 96, "down has 96 inputs, not a multiple of 64 (nf4); format int8 would fit"),
+        ("nf4", 98, "down has 98 inputs, not a multiple of 64 (nf4); use backend none"),
+        ("int8", 98, "down has 98 inputs, not a multiple of 4 (int8); use backend none"),
+    ],
+)
+def test_inputs_that_do_not_fit_bitsandbytes_are_refused_with_what_does(form: str, columns: int, line: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        packed_matrix("down", 64, columns, BitsAndBytesScheme(format=form), "bfloat16")
+    assert str(caught.value) == line
+
+
+def test_int8_fits_every_multiple_of_four() -> None:
+    for columns in range(4, 100, 4):
+        matrix = packed_matrix("down", 2, columns, BitsAndBytesScheme(format="int8"), "bfloat16")
+        assert matrix.segments[0].shape == (2, columns // 4)
 
 
 def _refusal(columns: int, bits: int, group_size: int) -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,11 @@ from moeflow.artifact.packer import Packer
 from moeflow.artifact.reader import Artifact
 from moeflow.artifact.safetensors import ShardWriter
 from moeflow.errors import ArtifactError, CapacityError, CheckpointError, DocumentError, StorageError
+from moeflow.kernels.dequantize import NF4_CODEBOOK
 from moeflow.progress import Progress, silent
-from moeflow.schema import DenseScheme, HqqScheme, Manifest, PackedMatrix, Quantization
+from moeflow.quantization import registry
+from moeflow.quantization.hqq import HqqQuantizer
+from moeflow.schema import BitsAndBytesScheme, DenseScheme, HqqScheme, Manifest, PackedMatrix, Quantization, Scheme
 
 SMALL = Quantization(experts=HqqScheme(bits=2, group_size=16), attention=DenseScheme())
 
@@ -67,6 +71,13 @@ QUANTIZATIONS = {
     "3-bit, attention as it is": Quantization(experts=HqqScheme(bits=3), attention=DenseScheme()),
     "4-bit": Quantization(),
     "8-bit, 3-bit attention": Quantization(experts=HqqScheme(bits=8), attention=HqqScheme(bits=3, group_size=32)),
+    "2-bit with 8-bit scales, int8 attention": Quantization(
+        experts=HqqScheme(bits=2, group_size=16, metadata_bits=8), attention=BitsAndBytesScheme(format="int8")
+    ),
+    "nf4": Quantization(experts=BitsAndBytesScheme(format="nf4"), attention=BitsAndBytesScheme(format="nf4")),
+    "int8, 3-bit attention with 8-bit scales": Quantization(
+        experts=BitsAndBytesScheme(format="int8"), attention=HqqScheme(bits=3, group_size=32, metadata_bits=8)
+    ),
     "unquantized": Quantization(experts=DenseScheme(), attention=DenseScheme()),
 }
 
@@ -82,7 +93,7 @@ def packed(
 def _array(raw: bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     if dtype == "bfloat16":  # the upper half of a float32
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").reshape(shape).astype(np.float64)
-    names = {"int32": "<u4", "float16": "<f2", "float32": "<f4"}
+    names = {"uint8": "u1", "int32": "<u4", "float16": "<f2", "float32": "<f4"}
     return np.frombuffer(raw, names[dtype]).reshape(shape)
 
 
@@ -98,28 +109,71 @@ def _restored(matrix: PackedMatrix, part: Callable[[str], bytes]) -> np.ndarray:
     arrays = {s.part: _array(part(s.part), s.dtype, s.shape) for s in matrix.segments}
     if "dense" in arrays:
         return arrays["dense"]
+    if isinstance(matrix.scheme, BitsAndBytesScheme):
+        return _restored_bitsandbytes(matrix.scheme, arrays)
     assert isinstance(matrix.scheme, HqqScheme)
     codes = _fields(arrays["words"], 2 if matrix.scheme.bits == 3 else matrix.scheme.bits)
     if "high" in arrays:
-        codes = codes + 4 * _fields(arrays["high"], 1)
-    pairs = arrays["scales"].astype(np.float64).repeat(matrix.scheme.group_size, axis=1)
+        columns = np.arange(codes.shape[1])
+        bits = columns // 32 * 32 + 8 * (columns % 16 // 4) + 4 * (columns % 32 // 16) + columns % 4
+        codes = codes + 4 * _fields(arrays["high"], 1)[:, bits]
+    pairs = _pairs(arrays).repeat(matrix.scheme.group_size, axis=1)
     return (codes - pairs[..., 1]) * pairs[..., 0]
 
 
-def _expected(weights: list[torch.Tensor], scheme: HqqScheme | DenseScheme) -> np.ndarray:
-    """hqq's own quantization of each matrix, its scale and zero in 16 bits."""
+def _pairs(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Scale and zero of each group; 8-bit ones take two roundings in float32, which is part of the format."""
+    if "scales" in arrays:
+        return arrays["scales"].astype(np.float64)
+    steps = arrays["meta_scales"].repeat(128, axis=1)[:, : arrays["meta"].shape[1]]
+    return (arrays["meta"].astype(np.float32) * steps[..., ::2] + steps[..., 1::2]).astype(np.float64)
+
+
+def _restored_bitsandbytes(scheme: BitsAndBytesScheme, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    scales = arrays["scales"].astype(np.float64)
+    if scheme.format == "int8":
+        return arrays["words"].copy().view("i1") * scales[:, None]
+    return np.array(NF4_CODEBOOK)[_fields(arrays["words"], 4)] * scales.repeat(64, axis=1)
+
+
+def _expected(weights: list[torch.Tensor], scheme: Scheme) -> np.ndarray:
+    """Each matrix by the backend's own library: hqq with its scale and zero in 16 bits, nf4 with its scale in 16."""
     from hqq.core.quantize import Quantizer
 
     if isinstance(scheme, DenseScheme):
         return torch.cat(weights).double().numpy()
+    if isinstance(scheme, BitsAndBytesScheme):
+        return np.concatenate([_by_bitsandbytes(weight, scheme.format) for weight in weights])
     rows = []
     for weight in weights:
+        if scheme.metadata_bits == 8:  # hqq has no such codes: tests/quantization/test_metadata.py is their oracle
+            rows.append(torch.from_numpy(_by_own_codes(weight, scheme)))
+            continue
         codes, meta = Quantizer.quantize(
             weight.float(), nbits=scheme.bits, group_size=scheme.group_size, axis=1, bitpack=False, device="cpu"
         )
         scale, zero = meta["scale"].half().double(), meta["zero"].half().double()
         rows.append(((codes.double() - zero) * scale).view(weight.shape))
     return torch.cat(rows).numpy()
+
+
+def _by_own_codes(weight: torch.Tensor, scheme: HqqScheme) -> np.ndarray:
+    stored = HqqQuantizer(scheme).quantize(weight)
+    pairs = _pairs({part: tensor.numpy() for part, tensor in stored.factors.items()})
+    wide = pairs.repeat(scheme.group_size, axis=1)
+    return (stored.codes.double().numpy() - wide[..., 1]) * wide[..., 0]
+
+
+def _by_bitsandbytes(weight: torch.Tensor, form: str) -> np.ndarray:
+    from bitsandbytes import functional
+
+    if form == "int8":
+        codes, largest, _ = functional.int8_vectorwise_quant(weight.float())
+        return (codes.double() * (largest / 127).double().unsqueeze(1)).numpy()
+    packed, state = functional.quantize_4bit(weight.float(), quant_type="nf4", blocksize=64)
+    scales, state.absmax = state.absmax.half().double(), torch.ones_like(state.absmax)
+    numbers = functional.dequantize_4bit(packed, state).double()  # of the codebook; their products here do not round
+    return (numbers * scales.view(len(weight), -1).repeat_interleave(64, dim=1)).numpy()
 
 
 def _squares(restored: np.ndarray, original: torch.Tensor) -> np.ndarray:
@@ -461,6 +515,21 @@ def test_a_changed_quantization_is_noticed_and_makes_only_its_shards(
     assert {n.removesuffix(".safetensors") for n in after if n.endswith("rs") and after[n] != before[n]} == remade
     _packer(small, tmp_path / "fresh", quantization).run()
     assert _content(tmp_path / "out") == _content(tmp_path / "fresh")
+
+
+def test_another_version_of_a_library_outdates_only_what_it_quantized(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    int8 = BitsAndBytesScheme(format="int8")
+    for experts, attention in ((HqqScheme(group_size=32), int8), (int8, HqqScheme(group_size=32)), (int8, int8)):
+        packer = _packer(small, tmp_path, Quantization(experts=experts, attention=attention))
+        before = {unit.shard: unit.key for unit in packer.units()}
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "version", lambda name: "99" if name == "bitsandbytes" else version(name))
+            after = {unit.shard: unit.key for unit in packer.units()}
+        changed = {shard for shard in before if before[shard] != after[shard]}
+        experts_change = {s for s in before if s.startswith("experts-")} if experts == int8 else set()
+        assert changed == experts_change | ({"resident.safetensors"} if attention == int8 else set())
 
 
 def _touch_weights(checkpoint: Path) -> None:

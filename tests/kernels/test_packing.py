@@ -49,7 +49,10 @@ def test_three_bits_are_a_plane_of_two_and_a_plane_of_one() -> None:
     words, high = pack(torch.tensor(codes, dtype=torch.uint8), 3)
     assert high is not None
     assert words.tolist() == [_words_bit_by_bit([code & 3 for code in row], 2) for row in codes]
-    assert high.tolist() == [_words_bit_by_bit([code >> 2 for code in row], 1) for row in codes]
+    third = [[(code >> 2) & 1 for code in row] for row in codes]
+    place = {8 * (c % 16 // 4) + 4 * (c // 16) + c % 4: c for c in range(32)}  # bit -> column, as the docstring says
+    ordered = [[row[start + place[bit]] for start in range(0, len(row), 32) for bit in range(32)] for row in third]
+    assert high.tolist() == [_words_bit_by_bit(row, 1) for row in ordered]
 
 
 @pytest.mark.parametrize("bits", BITS)

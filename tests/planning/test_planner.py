@@ -16,6 +16,7 @@ from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import LayerSize, ModelSizes
 from moeflow.schema import (
+    BitsAndBytesScheme,
     Cache,
     Cpu,
     DenseScheme,
@@ -390,6 +391,10 @@ QUANTIZATIONS = [
     Quantization(experts=HqqScheme(bits=2, group_size=16), attention=HqqScheme(bits=3, group_size=32)),
     Quantization(experts=HqqScheme(bits=3), attention=DenseScheme()),
     Quantization(experts=DenseScheme(), attention=HqqScheme(bits=8)),
+    Quantization(
+        experts=HqqScheme(bits=2, group_size=16, metadata_bits=8), attention=BitsAndBytesScheme(format="int8")
+    ),
+    Quantization(experts=BitsAndBytesScheme(format="nf4"), attention=HqqScheme(bits=3, metadata_bits=8)),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import random
 import subprocess
 import sys
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moeflow.errors import DocumentError
-from moeflow.quantization.base import AffineCodes
+from moeflow.quantization.base import Codes
 from moeflow.quantization.hqq import HqqQuantizer
-from moeflow.quantization.registry import BACKENDS, quantizer_for
-from moeflow.schema import DenseScheme, HqqScheme
+from moeflow.quantization.registry import BACKENDS, library_version, quantizer_for
+from moeflow.schema import BitsAndBytesScheme, DenseScheme, HqqScheme
 
 BITS = (2, 3, 4, 8)
 ROWS, COLUMNS = 48, 512
@@ -65,9 +66,9 @@ def _restored_by_hqq(weight: Tensor, scheme: HqqScheme) -> Tensor:
     return Quantizer.dequantize(packed, {**meta, "compute_dtype": torch.float32})
 
 
-def _restored(stored: AffineCodes) -> Tensor:
-    rows, groups, _ = stored.scales.shape
-    scale, zero = stored.scales.double().unsqueeze(2).unbind(-1)
+def _restored(stored: Codes) -> Tensor:
+    rows, groups, _ = stored.factors["scales"].shape
+    scale, zero = stored.factors["scales"].double().unsqueeze(2).unbind(-1)
     return ((stored.codes.double().view(rows, groups, -1) - zero) * scale).view(rows, -1)
 
 
@@ -78,12 +79,12 @@ def test_codes_are_hqqs_and_pairs_are_hqqs_in_16_bits(weight: Callable[[], Tenso
     stored = HqqQuantizer(scheme).quantize(original)
     codes, scale, zero = _hqq(original, scheme)
     assert stored.codes.dtype == torch.uint8
-    assert stored.scales.dtype == torch.float16
-    assert stored.scales.shape == (ROWS, COLUMNS // scheme.group_size, 2)
+    assert stored.factors["scales"].dtype == torch.float16
+    assert stored.factors["scales"].shape == (ROWS, COLUMNS // scheme.group_size, 2)
     assert int(stored.codes.max()) < 1 << scheme.bits
     assert torch.equal(stored.codes.float(), codes)
     pairs = torch.stack([scale, zero], dim=-1)[:, :: scheme.group_size]
-    assert torch.equal(stored.scales, pairs.half())
+    assert torch.equal(stored.factors["scales"], pairs.half())
 
 
 @weights
@@ -138,7 +139,7 @@ def test_a_narrow_checkpoint_is_quantized_as_its_float32_copy(dtype: torch.dtype
     before = weight.clone()
     narrow, wide = (HqqQuantizer(HqqScheme()).quantize(w) for w in (weight, weight.float()))
     assert torch.equal(narrow.codes, wide.codes)
-    assert torch.equal(narrow.scales, wide.scales)
+    assert torch.equal(narrow.factors["scales"], wide.factors["scales"])
     assert torch.equal(weight, before)
 
 
@@ -153,7 +154,7 @@ def test_the_same_weights_give_the_same_codes_again() -> None:
     weight = _heavy_tailed()
     first, second = (HqqQuantizer(HqqScheme(bits=2)).quantize(weight) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
-    assert torch.equal(first.scales, second.scales)
+    assert torch.equal(first.factors["scales"], second.factors["scales"])
 
 
 def test_dense_keeps_what_it_is_given() -> None:
@@ -165,7 +166,7 @@ def test_dense_keeps_what_it_is_given() -> None:
 
 
 def test_every_scheme_finds_its_backend() -> None:
-    schemes = (HqqScheme(bits=3), DenseScheme())
+    schemes = (HqqScheme(bits=3), BitsAndBytesScheme(format="nf4"), DenseScheme())
     assert {s.backend for s in schemes} == set(BACKENDS)
     for scheme in schemes:
         assert quantizer_for(scheme).scheme == scheme
@@ -173,10 +174,20 @@ def test_every_scheme_finds_its_backend() -> None:
 
 def test_an_unknown_backend_lists_those_that_are_known() -> None:
     scheme = HqqScheme.model_construct(backend="gptq")
-    with pytest.raises(DocumentError, match="unknown quantization backend 'gptq'; known: hqq, none"):
+    with pytest.raises(DocumentError, match="unknown quantization backend 'gptq'; known: bitsandbytes, hqq, none"):
         quantizer_for(scheme)
 
 
-def test_finding_backends_does_not_import_hqq() -> None:
-    script = "import sys, moeflow.quantization.registry; sys.exit('hqq' in sys.modules)"
+def test_a_backend_names_the_library_that_decides_its_codes() -> None:
+    assert library_version(HqqScheme()) == importlib.metadata.version("hqq")
+    assert library_version(BitsAndBytesScheme(format="int8")) == importlib.metadata.version("bitsandbytes")
+    assert library_version(DenseScheme()) == ""
+
+
+def test_finding_backends_imports_none_of_their_libraries() -> None:
+    script = (
+        "import sys; from moeflow.quantization.registry import quantizer_for; from moeflow.schema import *;"
+        "quantizer_for(HqqScheme()), quantizer_for(BitsAndBytesScheme(format='nf4'));"
+        "sys.exit(bool({'hqq', 'bitsandbytes'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", script], timeout=120, check=False).returncode == 0
