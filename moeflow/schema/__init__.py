@@ -1,23 +1,29 @@
 """The documents that stages take and return, as frozen pydantic models. Imports no torch."""
 
 from moeflow.schema.base import Document, Part
+from moeflow.schema.benchmark import Benchmark, BenchmarkRow, Environment, Limits
 from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Link
 from moeflow.schema.manifest import BlobLayout, ExpertLayer, Manifest, ModelFacts, PackedMatrix, Segment, Shard
 from moeflow.schema.plan import MemoryBudget, Plan, PlannedPrefetch, Prediction
 from moeflow.schema.profile import Cache, Memory, Prefetch, Profile
-from moeflow.schema.quantization import DenseScheme, HqqScheme, Quantization, Scheme
+from moeflow.schema.quantization import BitsAndBytesScheme, DenseScheme, HqqScheme, Quantization, Scheme
 
 __all__ = [
+    "Benchmark",
+    "BenchmarkRow",
+    "BitsAndBytesScheme",
     "BlobLayout",
     "Cache",
     "Cpu",
     "DenseScheme",
     "Disk",
     "Document",
+    "Environment",
     "ExpertLayer",
     "Gpu",
     "HardwareProfile",
     "HqqScheme",
+    "Limits",
     "Link",
     "Manifest",
     "Memory",

@@ -7,6 +7,7 @@ from pathlib import Path
 from moeflow.errors import DocumentError
 from moeflow.files import read_document
 from moeflow.schema.base import Document
+from moeflow.schema.benchmark import Benchmark
 from moeflow.schema.hardware import HardwareProfile
 from moeflow.schema.manifest import Manifest
 from moeflow.schema.plan import Plan
@@ -14,7 +15,7 @@ from moeflow.schema.profile import Profile
 
 __all__ = ["KINDS", "load_any"]
 
-KINDS: tuple[type[Document], ...] = (Profile, HardwareProfile, Plan, Manifest)
+KINDS: tuple[type[Document], ...] = (Profile, HardwareProfile, Plan, Manifest, Benchmark)
 
 
 def load_any(path: Path) -> Document:

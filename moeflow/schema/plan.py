@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from moeflow.schema.base import Document, Part
-from moeflow.schema.profile import Dtype, Policy, Predictor, Strategy
+from moeflow.schema.profile import Dtype, Execution, Policy, Predictor, Strategy
 
 __all__ = ["PlannedPrefetch", "MemoryBudget", "Prediction", "Plan"]
 
@@ -71,6 +71,8 @@ class Plan(Document):
     """Name of the hardware profile it was made for."""
     device: Literal["cuda", "cpu"]
     dtype: Dtype
+    execution: Execution = "host"
+    """Who drives a decoding step. The engine falls back to host where a kernel cannot run, and says so."""
     strategy: Strategy
     policy: Policy
     context_length: int

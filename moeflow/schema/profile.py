@@ -14,11 +14,12 @@ from moeflow.schema.base import Document, Part
 from moeflow.schema.quantization import Quantization
 from moeflow.schema.units import AutoCount, AutoSize
 
-__all__ = ["Cache", "Prefetch", "Memory", "Profile", "Policy", "Predictor", "Strategy", "Dtype"]
+__all__ = ["Cache", "Prefetch", "Memory", "Profile", "Policy", "Predictor", "Strategy", "Execution", "Dtype"]
 
 Policy = Literal["lru", "lfu"]
 Predictor = Literal["next-gate", "none"]
 Strategy = Literal["full", "no-prefetch", "no-cache", "naive"]
+Execution = Literal["device", "host"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -72,5 +73,9 @@ class Profile(Document):
     """Tokens of prompt and answer together."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Of activations: auto is bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU."""
+    # Left out of documents where it is auto: those made before it existed keep their digests.
+    execution: Literal["device", "host", "auto"] = Field(default="auto", exclude_if=lambda asked: asked == "auto")
+    """Who decides what is copied when: device, kernels inside a CUDA graph, wherever all experts are in host memory;
+    host, Python, on any device and with any tier."""
     strategy: Strategy = "full"
     """The paper's ablation: full; without guesses; without cache and guesses; naive, whole layers."""

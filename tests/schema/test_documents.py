@@ -14,14 +14,18 @@ from moeflow import schema
 from moeflow.artifact.layout import expert_layout, packed_matrix
 from moeflow.errors import DocumentError
 from moeflow.schema import (
+    Benchmark,
+    BenchmarkRow,
     Cpu,
     DenseScheme,
     Disk,
     Document,
+    Environment,
     ExpertLayer,
     Gpu,
     HardwareProfile,
     HqqScheme,
+    Limits,
     Link,
     Manifest,
     Memory,
@@ -102,7 +106,23 @@ MANIFEST = Manifest(
     shards=tuple(Shard(file=f"{n}.safetensors", nbytes=8192, sha256=DIGEST) for n in ("experts-0", "resident")),
     files={"config.json": DIGEST, "LICENSE": DIGEST},
 )  # fmt: skip
-DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST]
+BENCHMARK = Benchmark(
+    command="moeflow bench --synthetic mixtral-8x7b -k 4",
+    date="2026-11-23T14:05:00Z",
+    environment=Environment(
+        gpu="NVIDIA H100", gpu_memory=80 << 30, cpu="Xeon", cores=16, ram=1 << 37, driver="580.1", cuda="13.0",
+        python="3.11.7", torch="2.13.0", transformers="5.23.0", moeflow="0.1.0", commit="3d66d47+changes",
+    ),
+    limits=Limits(link_peak=54.7e9, memory_bandwidth=3.1e12),
+    rows=(
+        BenchmarkRow(
+            model="mixtral-8x7b", synthetic=True, experts=8, top_k=2, expert_scheme="2-bit g64",
+            attention_scheme="4-bit g64", strategy="full", execution="device", k=4, routing="uniform", recall=0.7,
+            prompt_tokens=4, tokens=128, batch=1, tokens_per_second=27.5, hit_rate=0.475, missed_bytes=1.85e9,
+        ),
+    ),
+)  # fmt: skip
+DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
 
 
@@ -242,7 +262,7 @@ def test_a_digest_is_the_same_in_every_process_and_version() -> None:
     assert Profile(model="demo").digest() == "9fe1856c915a3176a8e0c6d2888efb7507bc4ead2a2a6df7c56ca307a49ccd75"
 
 
-@pytest.mark.parametrize("document", [Profile, HardwareProfile, Plan, Manifest])
+@pytest.mark.parametrize("document", [Profile, HardwareProfile, Plan, Manifest, Benchmark])
 def test_editors_get_a_json_schema(document: type[Document]) -> None:
     exported = document.model_json_schema()
     assert exported["additionalProperties"] is False

@@ -13,7 +13,8 @@ from moeflow.errors import DocumentError
 from moeflow.schema import HardwareProfile, Plan, Profile
 
 KEYS = (
-    "format_version, model, revision, hardware, quantization, cache, prefetch, memory, context_length, dtype, strategy"
+    "format_version, model, revision, hardware, quantization, cache, prefetch, memory, context_length, dtype, "
+    "execution, strategy"
 )
 MACHINE: dict[str, Any] = {
     "name": "box", "origin": "measured", "cpu": {"cores": 8}, "ram": "32GiB", "link": {"host_to_device": "12GB/s"},
@@ -34,11 +35,19 @@ def _faults(document: type[Profile | HardwareProfile | Plan], data: Any) -> list
         ({"quantization": {"attention": {"backend": "hqq", "group_size": 48}}},
          "quantization.attention.group_size is 48; hqq supports 16, 32, 64, 128, 256"),
         ({"quantization": {"experts": {"backend": "gptq"}}},
-         "quantization.experts.backend is 'gptq'; known: hqq, none"),
+         "quantization.experts.backend is 'gptq'; known: hqq, bitsandbytes, none"),
         ({"quantization": {"experts": {"bits": 2}}},
          "quantization.experts.backend is missing; it selects the kind"),
         ({"quantization": {"experts": {"backend": "hqq", "bitz": 2}}},
-         "quantization.experts.bitz: unknown key; did you mean bits? known: backend, bits, group_size"),
+         "quantization.experts.bitz: unknown key; did you mean bits? known: backend, bits, group_size, metadata_bits"),
+        ({"quantization": {"experts": {"backend": "hqq", "metadata_bits": 4}}},
+         "quantization.experts.metadata_bits is 4; hqq supports 8, 16"),
+        ({"quantization": {"experts": {"backend": "bitsandbytes", "format": "fp4"}}},
+         "quantization.experts.format is fp4; bitsandbytes supports nf4, int8"),
+        ({"quantization": {"attention": {"backend": "bitsandbytes"}}},
+         "quantization.attention.format is missing; it is required"),
+        ({"quantization": {"attention": {"backend": "bitsandbytes", "format": "nf4", "group_size": 128}}},
+         "quantization.attention.group_size: unknown key; known: backend, format"),
         ({"quantization": {"experts": {"backend": "none", "bits": 2}}},
          "quantization.experts.bits: unknown key; known: backend"),
         ({"quantization": {"expert": {"backend": "none"}}},
@@ -90,7 +99,7 @@ def test_all_faults_of_a_document_are_told_at_once() -> None:
     assert sorted(_faults(Profile, data)) == [
         "laptop.yaml: memory.vram is -1; expected a size such as 11GiB or 512 MiB, or auto",
         "laptop.yaml: model is missing; it is required",
-        "laptop.yaml: quantization.attention.backend is 'x'; known: hqq, none",
+        "laptop.yaml: quantization.attention.backend is 'x'; known: hqq, bitsandbytes, none",
         "laptop.yaml: quantization.experts.bits is 5; hqq supports 2, 3, 4, 8",
         "laptop.yaml: quantization.experts.group_size is 7; hqq supports 16, 32, 64, 128, 256",
         "laptop.yaml: strategy is fast; it supports full, no-prefetch, no-cache, naive",

@@ -1,0 +1,90 @@
+"""An artifact without files: the shapes of a real model, random packed weights made where they are needed.
+
+For benchmarks of models that no disk here holds. Codes are random bits and scales are of a trained model's size, so
+that kernels do the work that real weights give them; the text is noise. Every expert differs from the others.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeflow.artifact.matrix import parts_of
+from moeflow.artifact.reader import Artifact
+from moeflow.artifact.synthetic import synthetic_checkpoint, synthetic_manifest
+from moeflow.schema import BlobLayout, PackedMatrix, Quantization
+
+__all__ = ["RandomArtifact"]
+
+TURN = 4096  # bytes by which neighbouring experts' weights are turned against each other
+
+
+class RandomArtifact(Artifact):
+    """Reads like an artifact; what it reads is random."""
+
+    def __init__(self, config: Mapping[str, Any], quantization: Quantization, name: str):
+        self._folder = tempfile.TemporaryDirectory(prefix="moeflow-")
+        super().__init__(Path(self._folder.name), synthetic_manifest(config, quantization, name))
+        (self.directory / "config.json").write_text(json.dumps(dict(config)))
+        self._checkpoint = synthetic_checkpoint(config, name)
+        self._random = torch.Generator().manual_seed(0)
+        self._templates = [self._blob(layout) for layout in self.manifest.layouts]
+
+    def check_files(self) -> None:
+        """Nothing to compare."""
+
+    def read_blob(self, layer: int, expert: int, target: memoryview, verify: bool = True) -> None:  # noqa: ARG002
+        """Fill `target` with a blob of the layer's layout."""
+        entry = self.manifest.layers[layer]
+        blob = torch.frombuffer(target, dtype=torch.uint8)
+        blob.copy_(self._templates[entry.layout])
+        for matrix in self.manifest.layouts[entry.layout].matrices:
+            for name, part in parts_of(matrix, blob).items():
+                if name in ("words", "high"):
+                    flat = part.view(-1)
+                    shift = (TURN * (1 + expert + layer * entry.experts)) % max(1, flat.numel())
+                    source = parts_of(matrix, self._templates[entry.layout])[name].view(-1)
+                    flat[shift:].copy_(source[: flat.numel() - shift])
+                    flat[:shift].copy_(source[flat.numel() - shift :])
+
+    def _blob(self, layout: BlobLayout) -> Tensor:
+        blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
+        for matrix in layout.matrices:
+            self._fill(matrix, blob)
+        return blob
+
+    def _fill(self, matrix: PackedMatrix, blob: Tensor) -> None:
+        for name, part in parts_of(matrix, blob).items():
+            if part.dtype == torch.int32:
+                part.random_(-(1 << 31), (1 << 31) - 1, generator=self._random)
+            elif part.dtype == torch.uint8:
+                part.random_(0, 256, generator=self._random)
+            elif part.dim() == 3:  # scale and zero, or the steps of both
+                part.uniform_(0.01, 0.02, generator=self._random)
+                part[..., 1::2] = 1.5 if part.shape[-1] == 2 else 0.01
+            elif name == "scales":
+                part.uniform_(0.01, 0.02, generator=self._random)
+            else:
+                part.normal_(0.0, 0.02, generator=self._random)
+
+    def resident(self, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Random tensors for all that is always on the device: parameters, and packed matrices' blobs by name."""
+        packed = {}
+        for matrix in self.manifest.resident:
+            blob = torch.zeros(max(s.offset + s.nbytes for s in matrix.segments), dtype=torch.uint8)
+            self._fill(matrix, blob)
+            packed[matrix.name] = blob.to(device)
+        random = torch.Generator(device).manual_seed(0)
+        dense = {}
+        for name, stored in self._checkpoint.resident.items():
+            if name in packed:
+                continue
+            tensor = torch.empty(self._checkpoint.tensors[stored].shape, dtype=dtype, device=device)
+            dense[name] = tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(0.0, 0.02, generator=random)
+        return dense, packed
