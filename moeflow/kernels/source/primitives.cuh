@@ -1,0 +1,97 @@
+// The few instructions that CUDA C++ has no plain word for, in PTX: sm_75 and later, no header, so that NVRTC needs no
+// include directory. Tests put software of the same names in their place (MOEFLOW_EMULATOR).
+#pragma once
+
+#ifdef MOEFLOW_EMULATOR
+#include "primitives.hpp"
+#else
+
+// c + four products of bytes, exactly (modulo 2^32); `a` unsigned or signed, `b` signed.
+__device__ __forceinline__ int dp4a_us(unsigned a, int b, int c) {
+    int d;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ int dp4a_ss(int a, int b, int c) {
+    int d;
+    asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ float half_to_float(unsigned short h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+__device__ __forceinline__ unsigned short float_to_half(float f) {   // to nearest, ties to even
+    unsigned short h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+
+// Two halves in a word, the first in the low bits. Each operation rounds once.
+__device__ __forceinline__ unsigned h2_fma(unsigned a, unsigned b, unsigned c) {
+    unsigned d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ unsigned h2_add(unsigned a, unsigned b) {
+    unsigned d;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+__device__ __forceinline__ unsigned h2_mul(unsigned a, unsigned b) {
+    unsigned d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+__device__ __forceinline__ float2 h2_to_float2(unsigned v) {
+    float2 f;
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(f.x), "=f"(f.y) : "r"(v));
+    return f;
+}
+__device__ __forceinline__ unsigned float2_to_h2(float low, float high) {
+    unsigned v;
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+    asm("{ .reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }"
+        : "=r"(v) : "f"(low), "f"(high));
+#endif
+    return v;
+}
+
+// Weights, read once: they take no room in L1. Nobody may write them while the kernel runs.
+__device__ __forceinline__ uint4 load_stream(const uint4* p) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+// Page-locked host memory, never from a cache. volatile keeps a run of loads together, so that all are in flight.
+__device__ __forceinline__ uint4 load_host(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+// Flags that another kernel, or the host, reads or writes meanwhile.
+__device__ __forceinline__ int load_volatile(const int* p) { return *(const volatile int*)p; }
+__device__ __forceinline__ void store_volatile(int* p, int value) { *(volatile int*)p = value; }
+
+#endif
+
+// A sum and a product that the compiler may not fuse into one rounding.
+__device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+
+// bfloat16 is the upper half of a float: the same on every device, as sm_75 has no instruction for it.
+__device__ __forceinline__ float bf16_to_float(unsigned short b) { return __uint_as_float((unsigned)b << 16); }
+__device__ __forceinline__ unsigned short float_to_bf16(float f) {   // to nearest, ties to even; NaN stays NaN
+    const unsigned u = __float_as_uint(f);
+    if ((u & 0x7FFFFFFFu) > 0x7F800000u) return (unsigned short)(u >> 16 | 0x40u);
+    return (unsigned short)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
+}
