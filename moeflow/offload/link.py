@@ -2,7 +2,7 @@
 
 Copies are carried out in the order in which they are asked for. On CUDA they run on their own stream; without
 a GPU a worker thread copies from host memory to the slots that stand for the device's. Blobs on disk are read
-by the worker in both cases.
+by a worker in both cases, and so are those that the system would not page-lock: into a small page-locked buffer.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class CudaLink:
         """Start copying a blob."""
         computed = torch.cuda.Event()
         computed.record(torch.cuda.current_stream(self._device))
-        if self._store.in_ram(layer, expert):
+        if self._store.in_ram(layer, expert) and self._store.locked(layer):
             return _CudaTicket(self._copy(self._store.view(layer, expert), target, computed))
         return _DiskTicket(self._worker.submit(self._read_and_copy, layer, expert, target, computed))
 
@@ -138,7 +138,7 @@ class CudaLink:
         """A page-locked buffer whose last copy is over; two are enough to read while the other is copied."""
         fitting = [pair for pair in self._bounce if pair[0].nbytes == nbytes]
         if len(fitting) < 2:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._store.pinned)
+            return _bounce(nbytes)
         self._bounce.remove(fitting[0])
         fitting[0][1].synchronize()
         return fitting[0][0]
@@ -152,6 +152,14 @@ class CudaLink:
         """Drop what has not begun and wait for the rest."""
         self._worker.shutdown(cancel_futures=True)
         self._stream.synchronize()
+
+
+def _bounce(nbytes: int) -> Tensor:
+    """Page-locked memory, or ordinary memory where the system refuses even that."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:  # CUDA's own error types vary between versions
+        return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def make_link(store: HostStore, device: torch.device) -> Link:

@@ -1,24 +1,29 @@
 """Expert blobs off the device: in host memory as far as the plan says, the rest on disk.
 
-For a CUDA device host memory is page-locked, so that copies run at the link's speed beside computation; where
-the system refuses that much, ordinary memory serves, and `pinned` says so.
+For a CUDA device host memory is page-locked, so that copies run at the link's speed beside computation and kernels
+can read it. It is ordinary memory that is registered with the driver once it is filled: torch's own allocator of
+page-locked memory takes ten times as long a GiB and rounds each piece up to a power of two. Where the system refuses
+to lock that much, the layers that it refused stay ordinary memory, and `refused` says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import torch
 from torch import Tensor
 
+from moeflow.artifact.layout import PAGE
 from moeflow.artifact.reader import Artifact
-from moeflow.errors import CapacityError
+from moeflow.errors import CapacityError, DeviceError
 from moeflow.progress import Progress, silent
 from moeflow.schema.units import format_size
 
 __all__ = ["HostStore"]
 
+PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 READERS = 4  # threads that read and digest; more did not help a single disk
 
 
@@ -28,24 +33,47 @@ class HostStore:
     def __init__(self, artifact: Artifact, ram_experts: tuple[int, ...], pin: bool, progress: Progress = silent):
         self.artifact = artifact
         self.ram_experts = ram_experts
-        self.pinned = pin
+        self.refused: str | None = None
+        """What the system did not page-lock, with numbers; None if all is locked or nothing was to be."""
         sizes = [(count, artifact.manifest.layout_of(layer).nbytes) for layer, count in enumerate(ram_experts)]
-        self._memory = [self._allocate(count * nbytes) for count, nbytes in sizes]
-        self._load(progress)
-
-    def _allocate(self, nbytes: int) -> Tensor:
-        if self.pinned:
-            try:
-                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:  # CUDA's own error types vary between versions
-                self.pinned = False
+        self._memory = [_allocate(count * nbytes) for count, nbytes in sizes]
+        self._locked = [False] * len(sizes)
         try:
-            return torch.empty(nbytes, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise CapacityError(
-                f"host memory for experts: {format_size(nbytes)} more refused; set memory.ram lower, the rest "
-                "is then read from disk"
-            ) from error
+            self._load(progress)
+            if pin:
+                self._lock(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self, progress: Progress) -> None:
+        total, done = sum(memory.nbytes for memory in self._memory), 0
+        for layer, memory in enumerate(self._memory):
+            progress("locking pages", done, total)
+            if memory.nbytes and (error := _register(memory)):
+                self.refused = (
+                    f"{format_size(done)} of {format_size(total)} of experts are in page-locked memory; the system "
+                    f"refused more ({error}), so the rest is copied through a small buffer, slower: raise `ulimit -l`, "
+                    "the container's memory limit or WSL's `memory` setting, or lower memory.ram"
+                )
+                return
+            self._locked[layer] = memory.nbytes > 0
+            done += memory.nbytes
+        progress("locking pages", total, total)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether all blobs in host memory are page-locked."""
+        return all(lock or not m.nbytes for lock, m in zip(self._locked, self._memory, strict=True))
+
+    def locked(self, layer: int) -> bool:
+        """Whether this layer's blobs are page-locked."""
+        return self._locked[layer]
+
+    def address(self, layer: int) -> int:
+        """Where the layer's first blob lies; for page-locked memory as a CUDA device sees it."""
+        pointer = self._memory[layer].data_ptr()
+        return _device_address(pointer) if self._locked[layer] else pointer
 
     def _load(self, progress: Progress) -> None:
         places = list(self._places())
@@ -85,9 +113,53 @@ class HostStore:
         return self._memory[layer][expert * nbytes : (expert + 1) * nbytes]
 
     def read(self, layer: int, expert: int, target: Tensor) -> None:
-        """Read a blob from disk into `target`, host memory of its size; its digest is not compared again."""
+        """Copy a blob into `target`, host memory of its size; one from disk is not compared with its digest again."""
+        if self.in_ram(layer, expert):
+            target.copy_(self.view(layer, expert))
+            return
         self.artifact.read_blob(layer, expert, target.numpy().data, verify=False)
 
     def close(self) -> None:
         """Release the memory."""
-        self._memory = []
+        for layer, memory in enumerate(self._memory):
+            if self._locked[layer]:
+                _unregister(memory)
+        self._memory, self._locked = [], [False] * len(self._locked)
+
+
+def _allocate(nbytes: int) -> Tensor:
+    """Ordinary memory that begins at a page: two registered pieces may not share one."""
+    try:
+        memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise CapacityError(
+            f"host memory for experts: {format_size(nbytes)} more refused; set memory.ram lower, the rest "
+            "is then read from disk"
+        ) from error
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + nbytes]
+
+
+def _register(memory: Tensor) -> str | None:
+    """Page-lock `memory` for every CUDA device, or say why the driver would not."""
+    runtime = torch.cuda.cudart()
+    code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE_AND_MAPPED)
+    if int(code) == 0:
+        return None
+    with contextlib.suppress(RuntimeError):  # the runtime remembers its error, and the next launch would raise it
+        torch.zeros(1, device="cuda")
+    return str(runtime.cudaGetErrorString(code))
+
+
+def _unregister(memory: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def _device_address(pointer: int) -> int:
+    """The device's address of registered memory; on most systems the host's own."""
+    from cuda.bindings import driver
+
+    code, address = driver.cuMemHostGetDevicePointer(pointer, 0)
+    if int(code):
+        raise DeviceError(f"CUDA does not map page-locked memory on this device ({code.name})")
+    return int(address)

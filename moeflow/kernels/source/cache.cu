@@ -1,0 +1,259 @@
+// The expert cache's decisions, taken on the device: who is cached, who leaves, which buffer a copy lands in.
+//
+// The rules are those of the host's cache. Every copy lands in a free buffer, which becomes a slot when its expert is
+// used; the buffer of whoever the policy evicts becomes free. Free buffers form a ring, taken at its head and given back
+// at its tail: with as many as one step needs and guesses, a buffer that this step's products still read is never taken
+// again in the same step, however few slots a layer has. One warp a launch; the tables of the layer lie in shared memory.
+//
+// EXPERTS: of a layer. GUESSES: at most so many copies on a guess per layer. LFU: 1 for the least frequently used with
+// ageing every PERIOD uses, 0 for the least recently used. WARPS: of the copy kernels.
+#include "primitives.cuh"
+
+#ifndef LFU
+#define LFU 0
+#endif
+#ifndef PERIOD
+#define PERIOD 64
+#endif
+
+// Of a layer: how many are kept, how many may be, a clock that counts uses, uses since ageing began; of the guesses made
+// lately, how many were right; guesses left out since the last one.
+enum { KEPT, QUOTA, CLOCK, USES, LATELY, RIGHT, SKIPPED, STATE = 8 };
+// Of a layer, counted since the start.
+enum { HITS, MISSES, GUESSED, USED };
+
+__shared__ int buffer_of[EXPERTS];   // of cached experts, else -1
+__shared__ int stamp[EXPERTS];
+__shared__ double count[EXPERTS];
+__shared__ int needed[EXPERTS];
+__shared__ int guess_of[EXPERTS];    // index of the guess that brought it, else -1
+__shared__ int place[EXPERTS];       // buffer in this step
+
+struct Ring { int* buffers; int* state; int capacity; };   // state: head, size
+
+__device__ __forceinline__ int take(const Ring& ring) {     // by one lane
+    const int head = ring.state[0];
+    ring.state[0] = head + 1 == ring.capacity ? 0 : head + 1;
+    ring.state[1] -= 1;
+    return ring.buffers[head];
+}
+
+__device__ __forceinline__ void give(const Ring& ring, int buffer) {
+    int tail = ring.state[0] + ring.state[1];
+    if (tail >= ring.capacity) tail -= ring.capacity;
+    ring.buffers[tail] = buffer;
+    ring.state[1] += 1;
+}
+
+// Notes a use. All lanes call it with the same expert.
+__device__ __forceinline__ void note(int expert, int* layer, int lane) {
+    if (lane == 0) {
+        layer[CLOCK] += 1;
+        stamp[expert] = layer[CLOCK];
+#if LFU
+        count[expert] += 1.;
+        layer[USES] += 1;
+#endif
+    }
+    __syncwarp(0xFFFFFFFFu);
+#if LFU
+    if (layer[USES] % PERIOD == 0) {
+        for (int e = lane; e < EXPERTS; e += 32) count[e] *= 0.5;
+        __syncwarp(0xFFFFFFFFu);
+    }
+#endif
+}
+
+// Who leaves: the least stamp, or the least count and among equals the least stamp.
+__device__ __forceinline__ int victim(int lane) {
+    double least = 1e300;
+    int oldest = 0x7FFFFFFF, who = -1;
+    for (int e = lane; e < EXPERTS; e += 32) {
+        if (buffer_of[e] < 0) continue;
+        const double c = LFU ? count[e] : 0.;
+        if (c < least || (c == least && stamp[e] < oldest)) { least = c; oldest = stamp[e]; who = e; }
+    }
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+        const double c = __shfl_xor_sync(0xFFFFFFFFu, least, o);
+        const int s = __shfl_xor_sync(0xFFFFFFFFu, oldest, o), w = __shfl_xor_sync(0xFFFFFFFFu, who, o);
+        if (c < least || (c == least && s < oldest)) { least = c; oldest = s; who = w; }
+    }
+    return who;
+}
+
+// Keeps an expert whose copy lands in `buffer`. The order is the host policy's: a use is counted before the victim is
+// chosen, and the newcomer is no candidate.
+__device__ void admit(int expert, int buffer, int* layer, const Ring& ring, int lane) {
+    note(expert, layer, lane);
+    if (lane == 0) place[expert] = buffer;
+    const int quota = layer[QUOTA];
+    if (quota == 0) {
+        if (lane == 0) give(ring, buffer);
+        return;
+    }
+    const bool full = layer[KEPT] == quota;
+    const int leaves = full ? victim(lane) : -1;
+    __syncwarp(0xFFFFFFFFu);
+    if (lane == 0) {
+        if (full) {
+            give(ring, buffer_of[leaves]);
+            buffer_of[leaves] = -1;
+        } else layer[KEPT] += 1;
+        buffer_of[expert] = buffer;
+    }
+    __syncwarp(0xFFFFFFFFu);
+}
+
+struct Job { int expert, buffer, guess; };
+
+// Lists the choices of each distinct expert, experts ascending and choices in their order.
+__device__ void group(const long long* chosen, int n, int* found, int* starts, int* lists, int lane) {
+    for (int i = lane; i < n; i += 32) {
+        int rank = 0;
+        for (int j = 0; j < n; j++) rank += chosen[j] < chosen[i] || (chosen[j] == chosen[i] && j < i);
+        lists[rank] = i;
+    }
+    int distinct = 0;
+    for (int base = 0; base < EXPERTS; base += 32) {
+        const int e = base + lane;
+        const bool mine = e < EXPERTS && needed[e];
+        const unsigned present = __ballot_sync(0xFFFFFFFFu, mine);
+        if (mine) {
+            const int index = distinct + __popc(present & ((1u << lane) - 1u));
+            int before = 0;
+            for (int j = 0; j < n; j++) before += chosen[j] < e;
+            found[index] = place[e];
+            starts[index] = before;
+        }
+        distinct += __popc(present);
+    }
+    for (int i = distinct + lane; i <= n; i += 32) starts[i] = n;   // the others have none
+}
+
+// Looks up what the router chose for one layer.
+//   chosen [n]: expert ids, token by token
+//   buffers, stamps, counts [EXPERTS], layer [STATE], counters [4]: the layer's tables
+//   ring, ring_state, ring_capacity: free buffers of the layer's blob size
+//   guesses [GUESSES, 2]: expert and buffer of each guess that was started for this layer, -1 where none; cleared
+//   stop [1]: raised, so that a guess still being copied gives way
+//   jobs [n, 3], job_count [1]: the copies to make or to complete: expert, buffer, index of its guess or -1
+//   places [n]: the buffer of each choice
+//   found, starts [n + 1], lists [n]: each distinct expert's buffer, and which choices it serves; null for one token
+extern "C" __global__ void __launch_bounds__(32)
+lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double* counts, int* layer_, long long* counters,
+       int* ring_buffers, int* ring_state, long long ring_capacity, int* guesses, int* stop, int* jobs, int* job_count,
+       int* places, int* found, int* starts, int* lists) {
+    const int lane = threadIdx.x, n = (int)n_;
+    const Ring ring = {ring_buffers, ring_state, (int)ring_capacity};
+    __shared__ int layer[STATE];
+    if (lane == 0) store_volatile(stop, 1);
+    if (lane < STATE) layer[lane] = layer_[lane];
+    for (int e = lane; e < EXPERTS; e += 32) {
+        buffer_of[e] = buffers[e];
+        stamp[e] = stamps[e];
+        if (LFU) count[e] = counts[e];
+        needed[e] = 0;
+        guess_of[e] = -1;
+        place[e] = -1;
+    }
+    __syncwarp(0xFFFFFFFFu);
+    for (int i = lane; i < n; i += 32) needed[chosen[i]] = 1;
+    __syncwarp(0xFFFFFFFFu);
+    if (lane == 0)
+        for (int g = 0; g < GUESSES; g++) {
+            const int expert = guesses[2 * g];
+            if (expert < 0) continue;
+            if (needed[expert]) guess_of[expert] = g;
+            else give(ring, guesses[2 * g + 1]);
+        }
+    __syncwarp(0xFFFFFFFFu);
+
+    int hits = 0, used = 0, total = 0;
+    for (int pass = 0; pass < 3; pass++)   // cached experts first, then arrived guesses, then what is missing
+        for (int base = 0; base < EXPERTS; base += 32) {
+            const int e = base + lane;
+            bool mine = e < EXPERTS && needed[e] && place[e] < 0;
+            if (mine) mine = pass == 0 ? buffer_of[e] >= 0 : pass == 1 ? guess_of[e] >= 0 : true;
+            unsigned todo = __ballot_sync(0xFFFFFFFFu, mine);
+            for (; todo; todo &= todo - 1) {
+                const int expert = base + __ffs((int)todo) - 1;
+                if (pass == 0) {
+                    note(expert, layer, lane);
+                    if (lane == 0) place[expert] = buffer_of[expert];
+                    hits++;
+                } else {
+                    const int g = guess_of[expert];
+                    int buffer = 0;
+                    if (lane == 0) {
+                        buffer = pass == 1 ? guesses[2 * g + 1] : take(ring);
+                        jobs[3 * total] = expert;
+                        jobs[3 * total + 1] = buffer;
+                        jobs[3 * total + 2] = g;
+                    }
+                    buffer = __shfl_sync(0xFFFFFFFFu, buffer, 0);
+                    admit(expert, buffer, layer, ring, lane);
+                    used += pass == 1;
+                    total++;
+                }
+                __syncwarp(0xFFFFFFFFu);
+            }
+        }
+
+    for (int e = lane; e < EXPERTS; e += 32) {
+        buffers[e] = buffer_of[e];
+        stamps[e] = stamp[e];
+        if (LFU) counts[e] = count[e];
+    }
+    for (int i = lane; i < n; i += 32) places[i] = place[chosen[i]];
+    for (int g = lane; g < GUESSES; g += 32) guesses[2 * g] = -1;
+    if (lane == 0) layer[RIGHT] += used;
+    __syncwarp(0xFFFFFFFFu);
+    if (lane < STATE) layer_[lane] = layer[lane];
+    if (lane == 0) {
+        *job_count = total;
+        counters[HITS] += hits;
+        counters[USED] += used;
+        counters[MISSES] += total - used;
+    }
+    if (found) group(chosen, n, found, starts, lists, lane);
+}
+
+// Chooses buffers for copies on a guess: `ids` [n], likeliest first, for a layer whose turn comes next. Experts that are
+// cached are skipped. Clears `stop` and the progress of the layer's guesses.
+//
+// A guess never delays a need, but a wrong one spends power and the link of whoever shares it: where fewer than one in
+// WORTH was right lately, only every RARELY-th is tried.
+constexpr int WORTH = 8, RARELY = 16, WINDOW = 256;
+
+extern "C" __global__ void __launch_bounds__(32)
+guess(const long long* ids, long long n_, const int* buffers, int* layer, long long* counters, int* ring_buffers,
+      int* ring_state, long long ring_capacity, int* guesses, int* stop, int* progress) {
+    const int lane = threadIdx.x, n = (int)n_;
+    const Ring ring = {ring_buffers, ring_state, (int)ring_capacity};
+    for (int i = lane; i < GUESSES * WARPS; i += 32) progress[i] = 0;
+    if (lane != 0) return;
+    bool worth = layer[LATELY] < WINDOW / 8 || layer[RIGHT] * WORTH >= layer[LATELY];
+    if (!worth && ++layer[SKIPPED] == RARELY) {
+        layer[SKIPPED] = 0;
+        worth = true;
+    }
+    int started = 0;
+    for (int i = 0; worth && i < n && started < GUESSES; i++) {
+        const int expert = (int)ids[i];
+        bool known = buffers[expert] >= 0;
+        for (int g = 0; g < started; g++) known |= guesses[2 * g] == expert;
+        if (known) continue;
+        guesses[2 * started] = expert;
+        guesses[2 * started + 1] = take(ring);
+        started++;
+    }
+    counters[GUESSED] += started;
+    layer[LATELY] += started;
+    if (layer[LATELY] >= WINDOW) {
+        layer[LATELY] /= 2;
+        layer[RIGHT] /= 2;
+    }
+    for (int g = started; g < GUESSES; g++) guesses[2 * g] = -1;
+    store_volatile(stop, 0);
+}

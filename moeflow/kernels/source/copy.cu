@@ -1,0 +1,79 @@
+// Blobs from page-locked host memory to buffers on the device, read by the GPU itself through unified addresses: the
+// addresses are decided on the device, which the copy engine could not follow inside a graph.
+//
+// Every warp moves pieces of 4 KiB, eight 16-byte loads a lane in flight; a few blocks are enough for any link. A copy on
+// a guess watches a flag and gives way within one piece; how far each warp came is noted, so that a right guess is
+// completed and not repeated.
+//
+// WARPS: of the whole grid, the same in every launch.
+#include "primitives.cuh"
+
+constexpr int PIECE = 4096;
+
+enum { MOVED, GUESSED_BYTES, USED_BYTES };   // counters of bytes
+
+__device__ __forceinline__ void move(const char* source, char* target, int lane) {
+    const uint4* from = (const uint4*)source + lane;
+    uint4* to = (uint4*)target + lane;
+    uint4 v[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = load_host(from + 32 * i);
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[32 * i] = v[i];
+}
+
+// The pieces [first, last) of every job's blob. source: of the layer's expert 0; nbytes: of a blob; jobs as `lookup` left
+// them; progress [GUESSES, WARPS]: pieces of each guess that a warp has moved.
+// Two blocks a multiprocessor: unrolled, the loop took 108 registers a thread, and a block waited for one without others.
+extern "C" __global__ void __launch_bounds__(512, 2)
+copy(const char* source, char* pool, long long nbytes, const int* jobs, const int* job_count, const int* progress,
+     long long first, long long last, long long* counters) {
+    const int lane = threadIdx.x & 31;
+    const int warp = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+    const int count = *job_count;
+    long long moved = 0, spared = 0;
+    for (int j = 0; j < count; j++) {
+        const int guess = jobs[3 * j + 2];
+        const char* from = source + jobs[3 * j] * nbytes;
+        char* to = pool + jobs[3 * j + 1] * nbytes;
+        const int done = guess < 0 ? 0 : progress[guess * WARPS + warp];
+        long long p = warp + (long long)done * WARPS;
+        if (first == 0) spared += done;
+        if (p < first) p += (first - p + WARPS - 1) / WARPS * WARPS;
+#pragma unroll 1
+        for (; p < last; p += WARPS, moved++) move(from + p * PIECE, to + p * PIECE, lane);
+    }
+    if (lane == 0) {
+        if (moved) atomicAdd((unsigned long long*)counters + MOVED, (unsigned long long)(moved * PIECE));
+        if (spared) atomicAdd((unsigned long long*)counters + USED_BYTES, (unsigned long long)(spared * PIECE));
+    }
+}
+
+// The blobs of the layer's guesses, until `stop` is raised.
+extern "C" __global__ void __launch_bounds__(512, 2)
+copy_guesses(const char* source, char* pool, long long nbytes, const int* guesses, int* progress, const int* stop,
+             long long limit, long long* counters) {
+    const int lane = threadIdx.x & 31;
+    const int warp = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+    long long moved = 0;
+    bool halt = false;
+    for (int g = 0; g < GUESSES && !halt; g++) {
+        // One reading for the warp: `lookup` may be clearing the entry. The copy then fills a buffer that nobody reads.
+        const int expert = __shfl_sync(0xFFFFFFFFu, guesses[2 * g], 0);
+        const int buffer = __shfl_sync(0xFFFFFFFFu, guesses[2 * g + 1], 0);
+        if (expert < 0) continue;
+        const char* from = source + expert * nbytes;
+        char* to = pool + buffer * nbytes;
+        int done = 0;
+#pragma unroll 1
+        for (long long p = warp; p * PIECE < nbytes && p < limit; p += WARPS) {
+            halt = __shfl_sync(0xFFFFFFFFu, load_volatile(stop), 0) != 0;
+            if (halt) break;
+            move(from + p * PIECE, to + p * PIECE, lane);
+            done++;
+        }
+        if (lane == 0) progress[g * WARPS + warp] = done;
+        moved += done;
+    }
+    if (lane == 0 && moved) atomicAdd((unsigned long long*)counters + GUESSED_BYTES, (unsigned long long)(moved * PIECE));
+}

@@ -1,0 +1,218 @@
+"""The expert cache on the device: tables and free buffers that kernels read and write without asking the host.
+
+It follows the rules of `offload.cache`, which the host drives: a copy lands in a free buffer that becomes a slot when
+its expert is used, guesses never evict, and the policy is the one of `offload.policy`. Here the decisions are taken by
+`kernels/source/cache.cu` in the stream's order, so that a whole decoding step can be one CUDA graph. It knows nothing
+of models: expert ids in, places of blobs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moeflow.kernels.launcher import Kernel, Launcher
+from moeflow.offload.traffic import Traffic
+from moeflow.schema import Manifest, Plan
+
+__all__ = ["DeviceCache", "Found"]
+
+COPY_BLOCKS, COPY_THREADS = 4, 512  # four blocks of 16 warps filled PCIe 5 x16; more slow the products beside them
+WARPS = COPY_BLOCKS * COPY_THREADS // 32
+PIECE = 4096  # bytes; copy.cu's, and what every blob is a multiple of
+STATE = 8  # integers of a layer; cache.cu's
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a step's experts lie, once their copies have arrived."""
+
+    pool: Tensor
+    """uint8 [B, blob bytes]."""
+    places: Tensor
+    """int32 [n]: each choice's buffer."""
+    buffers: Tensor | None
+    starts: Tensor | None
+    lists: Tensor | None
+    """For several tokens: the distinct experts' buffers, and which choices each serves."""
+
+
+class _Class:
+    """The buffers of one blob size, and the ring of those that are free."""
+
+    def __init__(self, count: int, nbytes: int, device: torch.device):
+        self.memory = torch.empty(count, nbytes, dtype=torch.uint8, device=device)  # [B, blob bytes]
+        self.ring = torch.empty(count, dtype=torch.int32, device=device)
+        self.state = torch.empty(2, dtype=torch.int32, device=device)
+        self.reset()
+
+    def reset(self) -> None:
+        self.ring.copy_(torch.arange(len(self.ring), dtype=torch.int32))
+        self.state.copy_(torch.tensor([0, len(self.ring)], dtype=torch.int32))
+
+
+class DeviceCache:
+    """Serves experts from slots and starts the copies of what is missing.
+
+    Args:
+        manifest: the packed model.
+        plan: slots per layer, landing buffers, policy and guesses.
+        launcher: runs the kernels.
+        sources: address of each layer's first blob in page-locked memory, as the device sees it.
+        device: where the slots are.
+    """
+
+    def __init__(
+        self, manifest: Manifest, plan: Plan, launcher: Launcher, sources: Sequence[int], device: torch.device
+    ):
+        self._manifest = manifest
+        self._launcher = launcher
+        self._sources = sources
+        self.device = device
+        self._policy = plan.policy
+        layers, experts = len(manifest.layers), max(layer.experts for layer in manifest.layers)
+        self.guesses = plan.prefetch.experts if plan.prefetch.depth and plan.strategy == "full" else 0
+        self.most_choices = plan.staging_slots - self.guesses
+        """Choices that one step may make: as many copies land without touching what the step still reads."""
+        counts = dict.fromkeys(range(len(manifest.layouts)), plan.staging_slots)
+        for entry, slots in zip(manifest.layers, plan.cache_slots, strict=True):
+            counts[entry.layout] += slots
+        self._classes = {i: _Class(n, manifest.layouts[i].nbytes, device) for i, n in counts.items()}
+        self._quotas = plan.cache_slots
+
+        def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        most = max(1, self.most_choices)
+        self._buffers = table(layers, experts)
+        self._stamps = table(layers, experts)
+        self._counts = table(layers, experts, dtype=torch.float64)
+        self._state = table(layers, STATE)
+        self._jobs = table(layers, most, 3)
+        self._job_count = table(layers)
+        self._guesses = table(layers, max(1, self.guesses), 2)
+        self._stop = table(layers)
+        self._progress = table(layers, max(1, self.guesses), WARPS)
+        self._uses = table(layers, 4, dtype=torch.int64)  # hits, misses, guesses made, guesses used
+        self._bytes = table(layers, 3, dtype=torch.int64)  # missed, guessed, guessed and used
+        self._unseen = table(4, dtype=torch.int64)  # where seeding counts
+        self._experts = experts
+        self._gate_up_pieces = [self._split(i) for i in range(layers)]
+        self.reset()
+
+    def _split(self, layer: int) -> int:
+        """Pieces of the blob that hold gate and up; the rest is down."""
+        down = self._manifest.layout_of(layer).matrices[1]
+        return -(-min(s.offset for s in down.segments) // PIECE)
+
+    def reset(self) -> None:
+        """Start with a cold cache; nothing may be under way."""
+        self._buffers.fill_(-1)
+        self._guesses.fill_(-1)
+        for table in (self._stamps, self._counts, self._state, self._progress):
+            table.zero_()
+        self._state[:, 1] = torch.tensor(self._quotas, dtype=torch.int32)
+        self._stop.fill_(1)
+        for pool in self._classes.values():
+            pool.reset()
+
+    def forget(self) -> None:
+        """Start counting anew."""
+        self._uses.zero_()
+        self._bytes.zero_()
+
+    # -- one step of one layer ----------------------------------------------------------------------------
+
+    def find(self, layer: int, chosen: Tensor, tokens: int) -> Found:
+        """Look up `chosen` [T, K] and decide on copies. All that follows is ordered behind it."""
+        return self._find(layer, chosen.reshape(-1), tokens, self._uses[layer])
+
+    def _find(self, layer: int, chosen: Tensor, tokens: int, uses: Tensor) -> Found:
+        count = chosen.numel()
+        assert count <= max(1, self.most_choices), "more choices than landing buffers"
+        pool = self._pool(layer)
+        places = torch.empty(count, dtype=torch.int32, device=self.device)
+        lists: tuple[Tensor | None, ...] = (None, None, None)
+        if tokens > 1:
+            sizes = (count, count + 1, count)
+            lists = tuple(torch.empty(n, dtype=torch.int32, device=self.device) for n in sizes)
+            lists[0].zero_()  # type: ignore[union-attr]  # buffers beyond the distinct ones are never read
+        self._kernel("cache.cu", "lookup")(
+            1, 32, chosen, count, self._buffers[layer], self._stamps[layer], self._counts[layer], self._state[layer],
+            uses, pool.ring, pool.state, len(pool.ring), self._guesses[layer], self._stop[layer : layer + 1],
+            self._jobs[layer], self._job_count[layer : layer + 1], places, *lists,
+        )  # fmt: skip
+        return Found(pool.memory, places, *lists)
+
+    def copy(self, layer: int, half: int, source: int | None = None, counters: Tensor | None = None) -> None:
+        """Copy gate and up (`half` 0) or down (1) of what `find` missed, in the current stream."""
+        pool = self._pool(layer)
+        split, pieces = self._gate_up_pieces[layer], pool.memory.shape[1] // PIECE
+        first, last = (0, split) if half == 0 else (split, pieces)
+        self._kernel("copy.cu", "copy")(
+            (COPY_BLOCKS, 1, 1), COPY_THREADS, self._sources[layer] if source is None else source, pool.memory,
+            pool.memory.shape[1], self._jobs[layer], self._job_count[layer : layer + 1], self._progress[layer],
+            first, last, self._bytes[layer] if counters is None else counters,
+        )  # fmt: skip
+
+    def guess(self, layer: int, ids: Tensor) -> None:
+        """Choose buffers for guessed experts [n], likeliest first, of a layer whose turn comes next."""
+        pool = self._pool(layer)
+        self._kernel("cache.cu", "guess")(
+            1, 32, ids, ids.numel(), self._buffers[layer], self._state[layer], self._uses[layer], pool.ring, pool.state,
+            len(pool.ring), self._guesses[layer], self._stop[layer : layer + 1], self._progress[layer],
+        )  # fmt: skip
+
+    def copy_guesses(self, layer: int) -> None:
+        """Copy them until `find` is called for their layer."""
+        pool = self._pool(layer)
+        self._kernel("copy.cu", "copy_guesses")(
+            (COPY_BLOCKS, 1, 1), COPY_THREADS, self._sources[layer], pool.memory, pool.memory.shape[1],
+            self._guesses[layer], self._progress[layer], self._stop[layer : layer + 1],
+            pool.memory.shape[1] // PIECE, self._bytes[layer],
+        )  # fmt: skip
+
+    # -- beside the steps: what the host may ask, at the price of waiting for the device -----------------------
+
+    def resident(self, layer: int) -> dict[int, Tensor]:
+        """The cached experts of a layer and their blobs; valid until the layer's next `find`."""
+        memory = self._pool(layer).memory
+        places = enumerate(self._buffers[layer].tolist())
+        return {expert: memory[buffer] for expert, buffer in places if buffer >= 0}
+
+    def warm(self, layer: int, recent: Sequence[tuple[int, Tensor]]) -> None:
+        """After prefill: keep the experts used last (last one last), copying blobs that lie elsewhere on the device."""
+        memory = self._pool(layer).memory
+        slots = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)
+        for expert, blob in recent[-self._quotas[layer] :] if self._quotas[layer] else ():
+            self._find(layer, torch.tensor([expert], device=self.device), 1, self._unseen)
+            # A blob in a slot may have left it by now, for one before it in `recent`; the host has it still.
+            source = None if blob.data_ptr() in slots else blob.data_ptr() - expert * blob.nbytes
+            for half in (0, 1):
+                self.copy(layer, half, source, self._unseen)
+
+    def count(self, traffic: Traffic) -> Traffic:
+        """`traffic` with what the device has counted since the start in place of its own figures."""
+        hits, misses, guesses, used = self._uses.sum(0).tolist()
+        missed, guessed, _ = self._bytes.sum(0).tolist()
+        return replace(
+            traffic, hits=hits, misses=misses, guesses=guesses, guesses_used=used, missed_bytes=missed,
+            guessed_bytes=guessed,
+        )  # fmt: skip
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Copied on guesses that were not used."""
+        _, guessed, used = self._bytes.sum(0).tolist()
+        return int(guessed - used)
+
+    def _pool(self, layer: int) -> _Class:
+        return self._classes[self._manifest.layers[layer].layout]
+
+    def _kernel(self, source: str, name: str) -> Kernel:
+        lfu = int(self._policy == "lfu")
+        defines = {"EXPERTS": self._experts, "GUESSES": max(1, self.guesses), "WARPS": WARPS, "LFU": lfu}
+        return self._launcher.kernel(source, name, defines)
