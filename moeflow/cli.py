@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moeflow.cli_bench import bench
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command()(bench)
 _debug = False
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -189,8 +191,8 @@ def _load(artifact: Path, **changes: Any) -> Engine:
 
     with progress_bar() as progress:
         engine = pipeline.load(artifact, progress=progress, **changes)
-    if engine.device.type == "cuda" and not engine.pinned:
-        say("the system refused page-locked memory for the experts: copies will be slower and not overlap computation")
+    if engine.note:
+        say(engine.note)
     return engine
 
 

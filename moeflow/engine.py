@@ -1,12 +1,13 @@
 """The stage generate: an artifact and a plan in, logits and text out.
 
-This is the host-driven path: Python reads the router's choice of every layer, fetches through the cache, and
-computes. It runs on any device, the CPU included, where slots in host memory stand for a GPU's.
+Loading, text, sampling and errors; how a pass is carried out is the business of `model.execution`. Without a
+GPU slots in host memory stand for the device's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
@@ -17,17 +18,18 @@ from torch import Tensor
 from moeflow.artifact.reader import Artifact
 from moeflow.errors import CapacityError, DeviceError, UsageError
 from moeflow.generation import Generation, Sampler, Session, Statistics, TokenStream
+from moeflow.kernels.launcher import Launcher, cuda_launcher
 from moeflow.model.build import build_model
-from moeflow.model.experts import ExpertRunner
-from moeflow.offload.cache import ExpertCache
+from moeflow.model.execution import DeviceExecution, Execution, HostExecution
+from moeflow.model.kv import KvCache
+from moeflow.model.memory import device_of, refusal, release_memory
+from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.link import make_link
 from moeflow.offload.store import HostStore
-from moeflow.offload.stream import LayerStream
 from moeflow.offload.traffic import Traffic
 from moeflow.planning.planner import PREFILL_CHUNK
 from moeflow.progress import Progress, silent
 from moeflow.schema import Plan
-from moeflow.schema.units import format_size
 from moeflow.text import TextCodec
 
 __all__ = ["Engine"]
@@ -42,35 +44,87 @@ class Engine:
         DeviceError: the plan is for CUDA and there is none.
     """
 
-    def __init__(self, artifact: Artifact, plan: Plan, progress: Progress = silent):
+    def __init__(
+        self,
+        artifact: Artifact,
+        plan: Plan,
+        progress: Progress = silent,
+        launcher: Launcher | None = None,
+        routes: Callable[[torch.device], ForcedRoutes] | None = None,
+        store: HostStore | None = None,
+    ):
+        """For benchmarks and tests: `launcher` runs kernels in place of CUDA; `routes` replaces the router's choice;
+        `store` holds the blobs already, and stays open."""
         self.artifact = artifact
         self.plan = plan
-        self.traffic = Traffic()
+        self.fallback: str | None = None
+        """Why the engine is host-driven although the plan is not; None where it does as planned."""
+        self._carried = Traffic()
+        self._launcher = launcher
+        self._own_store = store is None
         self.stats = Statistics()
         """Of the last generation."""
-        self.device = _device(plan)
+        self.device = device_of(plan)
         artifact.check_files()
         self._text = TextCodec(artifact.directory)
         self._model: Any = None
-        self._store = HostStore(artifact, plan.ram_experts, pin=plan.device == "cuda", progress=progress)
+        self._routes = routes(self.device) if routes else None
+        self._store = store or HostStore(artifact, plan.ram_experts, pin=plan.device == "cuda", progress=progress)
         self._link = make_link(self._store, self.device)
         try:
             self._model = self._build()
         except torch.OutOfMemoryError as error:
-            raise CapacityError(_out_of_memory(plan)) from error
+            raise CapacityError(refusal(plan)) from error
         finally:
             if self._model is None:
-                self._link.close()
-                self._store.close()
+                self._release()
 
     def _build(self) -> Any:
-        manifest, plan = self.artifact.manifest, self.plan
-        cache = ExpertCache(manifest, plan, self._link, self.device, self.traffic)
-        stream = LayerStream(manifest, self._link, self.device, self.traffic) if plan.stream_layers else None
-        self._runner = ExpertRunner(manifest, plan, cache, stream, getattr(torch, plan.dtype))
-        return build_model(self.artifact, plan, self._runner, self.device)
+        if self.plan.execution == "device":
+            try:
+                return self._bound(self._device_execution())
+            except torch.OutOfMemoryError:
+                raise
+            except (DeviceError, RuntimeError) as error:  # capture has no error type of its own
+                self.fallback = f"host-driven instead of device-driven: {error}"
+            release_memory(self.device)  # the model that did not do lives on in reference cycles
+        return self._bound(HostExecution(self.artifact.manifest, self.plan, self._link, self.device))
+
+    def _device_execution(self) -> DeviceExecution:
+        if self._launcher is None:
+            if self.device.type != "cuda":
+                raise DeviceError("kernels need a CUDA device")
+            self._launcher = cuda_launcher(self.device)
+        manifest = self.artifact.manifest
+        return DeviceExecution(manifest, self.plan, self._store, self._link, self._launcher, self.device)
+
+    def _bound(self, execution: Execution) -> Any:
+        execution.runner.routes = self._routes
+        model = build_model(self.artifact, self.plan, execution.runner, self.device)
+        if self._routes is not None and self._routes.guesses and execution.runner.predictor is not None:
+            execution.runner.predictor = self._routes
+        execution.bind(model)
+        self._execution = execution
+        return model
+
+    @property
+    def execution(self) -> str:
+        """`device-driven` or `host-driven`."""
+        return "device-driven" if isinstance(self._execution, DeviceExecution) else "host-driven"
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the link has carried since the start, a snapshot; the last one once the engine is closed."""
+        if self._model is not None:
+            self._carried = self._execution.traffic.copy()
+        return self._carried
 
     # -- tokens and logits --------------------------------------------------------------------------------
+
+    @property
+    def note(self) -> str | None:
+        """What runs slower than planned, and why."""
+        return self.fallback or self._store.refused
 
     @property
     def pinned(self) -> bool:
@@ -78,15 +132,29 @@ class Engine:
         return self._store.pinned
 
     @property
+    def wasted_bytes(self) -> int | None:
+        """Copied on guesses that were not used; None where nobody counts that."""
+        return self._execution.wasted_bytes if isinstance(self._execution, DeviceExecution) else None
+
+    @property
+    def model(self) -> Any:
+        """transformers' model, without its experts."""
+        self._check_open()
+        return self._model
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model."""
         return self._text.tokenizer
 
-    def new_cache(self) -> Any:
-        """An empty KV cache for `forward`."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self._model.config)
+    def new_cache(self) -> KvCache:
+        """An empty KV cache for `forward`. A device-driven engine has one: whoever had it before loses it."""
+        return self._execution.new_kv()
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int], cache: Any, last: int = 0) -> Tensor:
@@ -101,17 +169,15 @@ class Engine:
             Logits [T, V], or of the last positions, on the engine's device.
         """
         self._check_open()
-        inputs = torch.tensor([list(ids)], device=self.device)
         try:
-            output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=last)
+            return self._execution.forward(ids, cache, last)
         except BaseException as error:  # an abandoned pass leaves copies under way and buffers without an owner
             self._link.drain()
-            self._runner.reset()
+            self._execution.runner.reset()
             if isinstance(error, torch.OutOfMemoryError):
-                raise CapacityError(_out_of_memory(self.plan)) from error
+                held = torch.cuda.memory_reserved() if self.device.type == "cuda" else 0
+                raise CapacityError(refusal(self.plan, held)) from error
             raise
-        logits: Tensor = output.logits
-        return logits[0]
 
     def prefill(self, ids: Sequence[int], cache: Any) -> Tensor:
         """Run a prompt in chunks; returns the logits [V] after its last token."""
@@ -196,15 +262,7 @@ class Engine:
         seed: int | None,
         session: Session | None,
     ) -> TokenStream:
-        defaults = self._generation_config
-        if temperature is None:
-            temperature = (defaults.temperature or 1.0) if defaults.do_sample else 0.0
-        sampler = Sampler(
-            temperature,
-            defaults.top_k if top_k is None and defaults.do_sample else top_k,
-            defaults.top_p if top_p is None and defaults.do_sample else top_p,
-            seed,
-        )
+        sampler = Sampler.of(self._generation_config, temperature, top_k, top_p, seed)
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}; it is 1 or more")
         ids = self._ids(text_or_ids, room=max_new_tokens)
@@ -230,10 +288,8 @@ class Engine:
         ids = self._text.encode(text_or_ids) if isinstance(text_or_ids, str) else [int(i) for i in text_or_ids]
         if not ids:
             raise UsageError("the prompt is empty; give at least one token")
-        self._check_open()
-        vocabulary = self._model.config.get_text_config().vocab_size
-        if (bad := next((i for i in ids if not 0 <= i < vocabulary), None)) is not None:
-            raise UsageError(f"token id {bad} is outside the vocabulary of {vocabulary}")
+        if (bad := next((i for i in ids if not 0 <= i < self.vocabulary), None)) is not None:
+            raise UsageError(f"token id {bad} is outside the vocabulary of {self.vocabulary}")
         if len(ids) + room > self.plan.context_length:
             longer = self.plan.context_length < self.artifact.manifest.model.max_context
             remedy = ", or set context_length in the profile" if longer else ": the model was made for no more"
@@ -260,11 +316,19 @@ class Engine:
     def close(self) -> None:
         """Release memory and threads; calling it again does nothing."""
         if self._model is not None:
-            self._link.close()
-            self._store.close()
+            with contextlib.suppress(RuntimeError):  # a device that failed has nothing left to say
+                self._carried = self._execution.traffic.copy()
+            self._release()
             self._model = None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            del self._execution
+            release_memory(self.device)
+
+    def _release(self) -> None:
+        self._link.close()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # kernels may still read the blobs
+        if self._own_store:
+            self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -273,21 +337,3 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _out_of_memory(plan: Plan) -> str:
-    free = f"{format_size(torch.cuda.mem_get_info()[0])} free now, " if torch.cuda.is_available() else ""
-    return (
-        f"device memory was refused: the plan for {plan.hardware} takes {format_size(plan.memory.total)}, {free}"
-        f"of which {format_size(plan.memory.slots)} for {max(plan.cache_slots)} experts per layer; end other programs "
-        "that use the device, or lower memory.vram, cache.experts_per_layer or context_length"
-    )
-
-
-def _device(plan: Plan) -> torch.device:
-    if plan.device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"the plan is for CUDA ({plan.hardware}), and torch finds no CUDA device here; "
-            "plan for this machine with hardware=auto (`--hardware auto`)"
-        )
-    return torch.device(plan.device)

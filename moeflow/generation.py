@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -104,6 +104,18 @@ class Sampler:
         else:
             self._random.manual_seed(seed)
 
+    @classmethod
+    def of(
+        cls, defaults: Any, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+    ) -> Self:
+        """With a model's own settings (transformers' GenerationConfig) where None is given."""
+        if temperature is None:
+            temperature = (defaults.temperature or 1.0) if defaults.do_sample else 0.0
+        if defaults.do_sample:
+            top_k = defaults.top_k if top_k is None else top_k
+            top_p = defaults.top_p if top_p is None else top_p
+        return cls(temperature, top_k, top_p, seed)
+
     def __call__(self, logits: Tensor) -> int:
         """Choose from logits [V]."""
         if self.greedy:
@@ -120,25 +132,37 @@ class Session:
         self._ids: list[int] = []
         self._cache = engine.new_cache()
 
+    def _renew(self) -> None:
+        """Start with an empty cache, for lack of one that still holds the tokens."""
+        self._ids, self._cache = [], self._engine.new_cache()
+
     def prefill(self, prompt: list[int]) -> Tensor:
         """Logits [V] after `prompt`, computing only what differs from the tokens already there."""
+        if self._cache.stale:
+            self._renew()
         kept = 0
         while kept < min(len(self._ids), len(prompt) - 1) and self._ids[kept] == prompt[kept]:
             kept += 1
-        if kept < len(self._ids):
-            self._cache.crop(kept - len(self._ids))  # negative: that many are removed, in all versions
-        del self._ids[kept:]
+        if self._cache.crop(kept):
+            del self._ids[kept:]
+        else:
+            self._renew()
+            kept = 0
         return self._run(prompt[kept:], self._engine.prefill)
 
     def step(self, token: int) -> Tensor:
         """Logits [V] after one more token."""
+        if self._cache.stale:  # another session was begun on this engine meanwhile
+            ids = self._ids
+            self._renew()
+            return self._run([*ids, token], self._engine.prefill)
         return self._run([token], lambda ids, cache: self._engine.forward(ids, cache)[-1])
 
     def _run(self, ids: list[int], compute: Callable[[list[int], Any], Tensor]) -> Tensor:
         try:
             logits = compute(ids, self._cache)
         except BaseException:  # some layers may hold the tokens and some not
-            self._ids, self._cache = [], self._engine.new_cache()
+            self._renew()
             raise
         self._ids += ids
         return logits
@@ -157,7 +181,7 @@ class TokenStream:
         session: Session | None = None,
     ):
         self.stats = Statistics(prompt_tokens=len(prompt))
-        self._traffic = engine.traffic
+        self._engine = engine
         self._session = session or Session(engine)
         self.prompt = prompt
         self._max_new_tokens = max_new_tokens
@@ -166,19 +190,22 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[int]:
         """Yield ids as they are chosen, the stop token not included."""
-        stats, traffic = self.stats, self._traffic
-        begin, before = time.perf_counter(), traffic.copy()
+        stats = self.stats
+        before = self._engine.traffic
+        begin = time.perf_counter()
         token = self._sampler(self._session.prefill(self.prompt))
         stats.time_to_first_token = time.perf_counter() - begin
-        stats.prefill = traffic.since(before)
-        before = traffic.copy()
-        while token not in self._stop:
-            stats.new_tokens += 1
-            yield token
-            if stats.new_tokens == self._max_new_tokens:
-                return
-            begin = time.perf_counter()
-            token = self._sampler(self._session.step(token))
-            stats.decode_steps += 1
-            stats.decode_seconds += time.perf_counter() - begin
-            stats.decode = traffic.since(before)
+        after = self._engine.traffic
+        stats.prefill = after.since(before)
+        try:
+            while token not in self._stop:
+                stats.new_tokens += 1
+                yield token
+                if stats.new_tokens == self._max_new_tokens:
+                    return
+                begin = time.perf_counter()
+                token = self._sampler(self._session.step(token))
+                stats.decode_steps += 1
+                stats.decode_seconds += time.perf_counter() - begin
+        finally:  # once, at the end: asking a device for its counters in between would hold it up
+            stats.decode = self._engine.traffic.since(after)

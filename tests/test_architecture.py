@@ -23,15 +23,19 @@ LAYERS = [
     {"model", "planning"},
     {"generation", "text"},
     {"engine"},
-    {"pipeline"},
+    {"bench", "pipeline"},
+    {"reporting"},
     {"console"},
+    {"cli_bench"},
     {"cli"},
     {"__main__"},
 ]
 TORCH_FREE = [
     "moeflow", "moeflow.cli", "moeflow.console", "moeflow.pipeline", "moeflow.schema", "moeflow.schema.kinds",
     "moeflow.planning.planner", "moeflow.planning.search", "moeflow.offload.policy", "moeflow.artifact.checkpoint",
-    "moeflow.artifact.reader", "moeflow.artifact.layout", "moeflow.probe.machine", "moeflow.probe.match",
+    "moeflow.artifact.reader", "moeflow.artifact.layout", "moeflow.artifact.blueprint", "moeflow.artifact.synthetic",
+    "moeflow.offload.routing", "moeflow.reporting.text", "moeflow.reporting.plot", "moeflow.probe.environment",
+    "moeflow.probe.machine", "moeflow.probe.match",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

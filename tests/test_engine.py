@@ -18,6 +18,7 @@ from moeflow.errors import ArtifactError, CapacityError, StorageError, UsageErro
 from moeflow.offload.policy import LruPolicy
 from moeflow.offload.store import HostStore
 from moeflow.pipeline import plan_offload
+from moeflow.schema.units import format_size
 
 # Engine and reference do the same float32 operations in the same order, but a matrix product over one token rounds
 # differently from one over many: each rounding is 6e-8 relative, and some tens of them add up over two or three layers.
@@ -281,7 +282,7 @@ def test_an_engine_that_was_interrupted_anywhere_goes_on_rightly(
     ids = random_ids(20)
     with moeflow.load(packed(tiny_checkpoint, hqq(4)), experts_per_layer=3, strategy=strategy) as engine:
         expected, stepwise = engine.logits(ids), engine.logits(ids, chunk=1)
-        original = engine._runner._expert
+        original = engine._execution.runner._expert
         for count in range(12):
             calls = iter(range(count))
 
@@ -291,10 +292,10 @@ def test_an_engine_that_was_interrupted_anywhere_goes_on_rightly(
                 return original(*arguments)
 
             for chunk in (512, 1, 3):
-                monkeypatch.setattr(engine._runner, "_expert", stop)
+                monkeypatch.setattr(engine._execution.runner, "_expert", stop)
                 with pytest.raises(KeyboardInterrupt):
                     engine.logits(ids * 4, chunk=chunk)
-                monkeypatch.setattr(engine._runner, "_expert", original)
+                monkeypatch.setattr(engine._execution.runner, "_expert", original)
             assert torch.equal(engine.logits(ids), expected)
             assert torch.equal(engine.logits(ids, chunk=1), stepwise)
 
@@ -395,7 +396,7 @@ def test_refused_device_memory_says_what_was_planned(
     def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("moeflow.engine.ExpertCache", refuse)
+    monkeypatch.setattr("moeflow.model.execution.ExpertCache", refuse)
     with pytest.raises(
         CapacityError, match=r"plan for test-cpu takes .* for 3 experts per layer; .* lower memory\.vram"
     ):
@@ -405,17 +406,17 @@ def test_refused_device_memory_says_what_was_planned(
 def test_without_page_locked_memory_ordinary_memory_serves(
     tiny_checkpoint: Path, packed: Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = torch.empty
-
-    def refuse(*arguments: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
-        if pin_memory:
-            raise RuntimeError("CUDA error: out of memory")
-        return original(*arguments, **options)
-
+    """The system locks one layer and refuses the second."""
+    answers = iter([None, "out of memory"])
+    monkeypatch.setattr("moeflow.offload.store._register", lambda _: next(answers))
+    monkeypatch.setattr("moeflow.offload.store._unregister", lambda _: None)
     artifact = Artifact.open(packed(tiny_checkpoint))
-    monkeypatch.setattr(torch, "empty", refuse)
     store = HostStore(artifact, (8, 8), pin=True)
-    assert not store.pinned
+    assert (store.pinned, store.locked(0), store.locked(1)) == (False, True, False)
+    half, whole = (format_size(n * 8 * store.nbytes(0)) for n in (1, 2))
+    assert store.refused is not None
+    assert f"{half} of {whole} of experts are in page-locked memory" in store.refused
+    assert "out of memory" in store.refused and "ulimit -l" in store.refused
     blob = bytearray(store.nbytes(1))
     artifact.read_blob(1, 5, memoryview(blob))
     assert store.view(1, 5).numpy().tobytes() == bytes(blob)

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.artifact.families import family_of
+from moeflow.artifact.matrix import segment_view
+from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.artifact.reader import Artifact
 from moeflow.errors import ArtifactError
+from moeflow.model.device_experts import DeviceRunner
 from moeflow.model.experts import IMPLEMENTATION, ExpertRunner, offloaded_experts
 from moeflow.model.linear import PackedLinear
 from moeflow.offload.predictor import NextGate
@@ -23,7 +26,7 @@ from moeflow.schema import Plan
 __all__ = ["build_model"]
 
 
-def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner, device: torch.device) -> nn.Module:
+def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner | DeviceRunner, device: torch.device) -> nn.Module:
     """The causal language model of `artifact`, ready to run on `device`."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,25 +59,38 @@ def _scores(router: nn.Module, result: int) -> Callable[[Tensor], Tensor]:
 
 
 def _assign_resident(model: Any, artifact: Artifact, dtype: torch.dtype, device: torch.device) -> None:
-    from safetensors import safe_open
-
     manifest = artifact.manifest
-    path = artifact.directory / manifest.resident_shard
-    artifact.resident_header()  # a truncated file is reported by us, with numbers
-    packed = {f"{m.name}.{s.part}" for m in manifest.resident for s in m.segments}
-    with safe_open(path, framework="pt") as reader:
-        dense = {n: reader.get_tensor(n).to(device, dtype) for n in reader.keys() if n not in packed}  # noqa: SIM118
-        for matrix in manifest.resident:
-            parts: dict[str, Tensor] = {
-                s.part: reader.get_tensor(f"{matrix.name}.{s.part}").to(device) for s in matrix.segments
-            }
-            name = matrix.name.removesuffix(".weight")
-            model.set_submodule(name, PackedLinear(matrix, parts, dense.pop(f"{name}.bias", None), dtype))
+    read = artifact.resident if isinstance(artifact, RandomArtifact) else lambda d, t: _stored(artifact, d, t)
+    dense, packed = read(device, dtype)
+    for matrix in manifest.resident:
+        name = matrix.name.removesuffix(".weight")
+        bias = dense.pop(f"{name}.bias", None)
+        model.set_submodule(name, PackedLinear(matrix, packed[matrix.name], bias, dtype))
     unexpected = model.load_state_dict(dense, strict=False, assign=True).unexpected_keys
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing or unexpected:
         raise ArtifactError(
-            f"{path}: does not fit transformers' {manifest.model.type}: missing {missing[:3]}, "
-            f"unexpected {unexpected[:3]}; pack again with this version of transformers"
+            f"{artifact.directory / manifest.resident_shard}: does not fit transformers' {manifest.model.type}: "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}; pack again with this version of transformers"
         )
+
+
+def _stored(
+    artifact: Artifact, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters, and the blobs of packed matrices, from the artifact's resident shard."""
+    from safetensors import safe_open
+
+    manifest = artifact.manifest
+    artifact.resident_header()  # a truncated file is reported by us, with numbers
+    parts = {f"{m.name}.{s.part}" for m in manifest.resident for s in m.segments}
+    packed = {}
+    with safe_open(artifact.directory / manifest.resident_shard, framework="pt") as reader:
+        dense = {n: reader.get_tensor(n).to(device, dtype) for n in reader.keys() if n not in parts}  # noqa: SIM118
+        for matrix in manifest.resident:
+            blob = torch.zeros(max(s.offset + s.nbytes for s in matrix.segments), dtype=torch.uint8)
+            for segment in matrix.segments:
+                segment_view(blob, segment).copy_(reader.get_tensor(f"{matrix.name}.{segment.part}"))
+            packed[matrix.name] = blob.to(device)
+    return dense, packed

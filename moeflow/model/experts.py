@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from moeflow.artifact.matrix import dequantize, parts_of
+from moeflow.kernels.launcher import Launcher
+from moeflow.kernels.unpack import unpack
+from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.cache import ExpertCache
+from moeflow.offload.device import DeviceCache
 from moeflow.offload.predictor import NextGate
 from moeflow.offload.stream import LayerStream
-from moeflow.schema import BlobLayout, Manifest, Plan
+from moeflow.schema import BlobLayout, Manifest, PackedMatrix, Plan
 
 __all__ = ["ExpertRunner", "IMPLEMENTATION", "offloaded_experts"]
 
@@ -33,14 +37,25 @@ class ExpertRunner:
     """Runs the experts of all layers; one per engine."""
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, cache: ExpertCache, stream: LayerStream | None, dtype: torch.dtype
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        cache: ExpertCache | DeviceCache,
+        stream: LayerStream | None,
+        dtype: torch.dtype,
+        launcher: Launcher | None = None,
+        always_stream: bool = False,
     ):
+        """With a launcher, blobs are unpacked by a kernel; a cache that only the device reads needs `always_stream`."""
         self.manifest = manifest
         self.plan = plan
         self.cache = cache
         self.stream = stream
         self.dtype = dtype
-        self.predictor: NextGate | None = None
+        self._launcher = launcher
+        self._always_stream = always_stream or plan.strategy == "naive"
+        self.predictor: NextGate | ForcedRoutes | None = None
+        self.routes: ForcedRoutes | None = None
 
     def run(self, layer: int, module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
@@ -55,6 +70,8 @@ class ExpertRunner:
         Returns:
             [T, H] in the dtype of `hidden_states`.
         """
+        if self.routes is not None:
+            top_k_index = self.routes.chosen(layer, top_k_index)
         tokens, top_k = top_k_index.shape
         stream = self._stream_for(layer, top_k_index.numel())
         chosen, guesses = self._ids(layer, hidden_states, top_k_index, guess=stream is None)
@@ -92,7 +109,7 @@ class ExpertRunner:
     def _stream_for(self, layer: int, choices: int) -> LayerStream | None:
         """The stream, if the layer shall go through it whole."""
         many = choices >= STREAM_CHOICES_PER_EXPERT * self.manifest.layers[layer].experts
-        return self.stream if many or self.plan.strategy == "naive" else None
+        return self.stream if many or self._always_stream else None
 
     def _blobs(
         self,
@@ -103,6 +120,7 @@ class ExpertRunner:
         guesses: Sequence[tuple[int, int]],
     ) -> Iterator[tuple[int, Tensor]]:
         if stream is None:
+            assert isinstance(self.cache, ExpertCache), "a cache that only the device reads is streamed beside"
             return self.cache.fetch(layer, needed, guesses)
         return self._streamed(stream, layer, needed, chosen)
 
@@ -123,8 +141,13 @@ class ExpertRunner:
 
     def _expert(self, module: Any, layout: BlobLayout, blob: Tensor, x: Tensor) -> Tensor:
         """One expert on its tokens x [t, H]."""
-        gate_up, down = (dequantize(m, parts_of(m, blob), self.dtype) for m in layout.matrices)
+        gate_up, down = (self._weights(m, blob) for m in layout.matrices)
         return functional.linear(module._apply_gate(functional.linear(x, gate_up)), down)
+
+    def _weights(self, matrix: PackedMatrix, blob: Tensor) -> Tensor:
+        if self._launcher is not None:
+            return unpack(self._launcher, matrix, blob, self.dtype)
+        return dequantize(matrix, parts_of(matrix, blob), self.dtype)
 
 
 Rows = Tensor | slice

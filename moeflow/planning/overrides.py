@@ -26,6 +26,7 @@ OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "context_length": ("context_length",),
     "dtype": ("dtype",),
     "strategy": ("strategy",),
+    "execution": ("execution",),
 }
 
 

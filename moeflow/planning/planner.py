@@ -13,7 +13,7 @@ from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import predict
 from moeflow.planning.sizes import ITEM_SIZE, ModelSizes
 from moeflow.schema import HardwareProfile, MemoryBudget, Plan, PlannedPrefetch, Profile
-from moeflow.schema.profile import Dtype
+from moeflow.schema.profile import Dtype, Execution
 from moeflow.schema.units import format_size
 
 __all__ = ["make_plan", "PREFILL_CHUNK"]
@@ -21,6 +21,7 @@ __all__ = ["make_plan", "PREFILL_CHUNK"]
 PREFILL_CHUNK = 512
 """Tokens that go through the model at once in prefill; bounds the workspace."""
 
+LEAST_CAPABILITY = 7.5  # of the kernels
 CUDA_RESERVE = 1 << 30  # the driver's context, libraries and fragmentation
 HOST_RESERVE = 2 << 30  # the system and Python
 HOST_SHARE = 0.9  # of what is left
@@ -67,6 +68,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         hardware=hardware.name,
         device=hardware.device,
         dtype=dtype,
+        execution=_execution(profile, sizes, hardware, ram_experts, stream_layers),
         strategy=profile.strategy,
         policy=profile.cache.policy,
         context_length=context,
@@ -89,6 +91,23 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         disk_nbytes=sizes.expert_nbytes - in_ram,
         prediction=predict(sizes, hardware, slots, ram_experts, profile.strategy),
     )
+
+
+def _execution(
+    profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ram_experts: tuple[int, ...], stream_layers: int
+) -> Execution:
+    """The device drives where kernels reach all blobs and prefill has layer buffers; naive offloading has no cache."""
+    in_ram = all(n == layer.experts for n, layer in zip(ram_experts, sizes.layers, strict=True))
+    possible = in_ram and stream_layers > 0 and profile.strategy != "naive"
+    if profile.execution != "auto":
+        if profile.execution == "device" and not possible:
+            raise DocumentError(
+                "execution is device; that needs all experts in host memory, room for two whole layers on the device "
+                "and a strategy other than naive: raise memory.ram or memory.vram, or set execution to auto"
+            )
+        return profile.execution
+    able = hardware.gpu is not None and float(hardware.gpu.compute_capability) >= LEAST_CAPABILITY
+    return "device" if able and possible else "host"
 
 
 def _dtype(profile: Profile, hardware: HardwareProfile) -> Dtype:

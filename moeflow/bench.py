@@ -1,0 +1,234 @@
+"""Measures decoding and prefill as the engine does them, beside the limits of the machine from the same run.
+
+The paper's four rows differ in one switch each; a fifth has every expert cached. Routes can be forced, since a model
+with random weights routes like no trained one; then the recall of guesses is a setting, and every row says so. Times
+are wall clock over whole runs, after the device has finished; nothing is modelled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from moeflow.artifact.reader import Artifact
+from moeflow.engine import Engine
+from moeflow.errors import UsageError
+from moeflow.kernels.launcher import Launcher
+from moeflow.model.routes import ForcedRoutes
+from moeflow.offload.routing import guesses, markov, recorded, uniform
+from moeflow.offload.store import HostStore
+from moeflow.offload.traffic import Traffic
+from moeflow.planning.planner import make_plan
+from moeflow.planning.sizes import ModelSizes
+from moeflow.probe.bandwidth import copy_rate, device_rate, link_rate, read_rate
+from moeflow.progress import Progress, silent
+from moeflow.schema import BenchmarkRow, HardwareProfile, Limits, Manifest, Plan, Profile
+from moeflow.schema.benchmark import Routing
+from moeflow.schema.profile import Strategy
+
+__all__ = ["Settings", "measure_limits", "run_rows"]
+
+GIB = 1 << 30
+STRATEGIES: tuple[Strategy, ...] = ("full", "no-prefetch", "no-cache", "naive")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run."""
+
+    profile: Profile
+    experts_per_layer: int | None = None
+    """k; None is the planner's."""
+    routing: Routing = "model"
+    recall: float | None = None
+    """Of forced guesses."""
+    trace: Path | None = None
+    tokens: int = 64
+    prompt: int = 512
+    warm_up: int = 16
+    """Decoded and not counted, so that the cache holds what it would hold."""
+    seed: int = 0
+    stall: int = 0
+    """Cycles that the GPU idles in every layer; stretches computation."""
+    rows: Sequence[Strategy] = ("full",)
+    all_hits: bool = False
+    """Also a row with every expert cached."""
+    launcher: Launcher | None = field(default=None, repr=False)
+
+
+def measure_limits(progress: Progress = silent) -> Limits:
+    """The link's peak in copies of 1 GiB, and the memory's bandwidth; on a CPU what stands for them."""
+    if torch.cuda.is_available():
+        return Limits(link_peak=link_rate(GIB, progress), memory_bandwidth=device_rate(GIB, progress))
+    return Limits(link_peak=copy_rate(progress=progress), memory_bandwidth=read_rate(progress=progress))
+
+
+def run_rows(
+    artifact: Artifact, hardware: HardwareProfile, settings: Settings, progress: Progress = silent
+) -> Iterator[BenchmarkRow]:
+    """Run every row; blobs are loaded once.
+
+    Raises:
+        UsageError: settings contradict each other.
+        CapacityError: the rows do not fit the machine.
+    """
+    manifest = artifact.manifest
+    if settings.recall is not None and settings.routing == "model":
+        raise UsageError("--recall is of forced guesses; the model's own gate guesses where routing is `model`")
+    rows = [(row, settings.experts_per_layer) for row in settings.rows]
+    if settings.all_hits:
+        rows.append(("no-prefetch", max(layer.experts for layer in manifest.layers)))
+    plans = [_plan(manifest, hardware, settings.profile, row, k) for row, k in rows]
+    if len({plan.ram_experts for plan in plans}) > 1:
+        raise UsageError("the rows keep different experts in host memory; raise memory.ram, or run them one by one")
+    before = psutil.Process().memory_info().rss
+    store = HostStore(artifact, plans[0].ram_experts, pin=plans[0].device == "cuda", progress=progress)
+    try:
+        for plan in plans:
+            yield _row(artifact, plan, settings, store, before)
+    finally:
+        store.close()
+
+
+def _plan(manifest: Manifest, hardware: HardwareProfile, profile: Profile, row: Strategy, k: int | None) -> Plan:
+    cache = profile.cache if k is None else profile.cache.model_copy(update={"experts_per_layer": k})
+    changed = profile.model_copy(update={"strategy": row, "cache": cache})
+    if row == "naive" and changed.execution == "device":
+        changed = changed.model_copy(update={"execution": "auto"})
+    return make_plan(changed, ModelSizes.of_manifest(manifest), hardware)
+
+
+def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, host_before: int) -> BenchmarkRow:
+    manifest = artifact.manifest
+    if plan.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    routes = _routes(manifest, plan, settings)
+    with Engine(artifact, plan, launcher=settings.launcher, routes=routes, store=store) as engine:
+        run = _Run(engine, settings)
+        first = run.prefill()
+        run.decode(_warm_up(plan, settings))
+        before, wasted_before = engine.traffic, engine.wasted_bytes
+        seconds = run.decode(settings.tokens)
+        decode = engine.traffic.since(before)
+        wasted = None if engine.wasted_bytes is None or wasted_before is None else engine.wasted_bytes - wasted_before
+        reads = _read_bytes(manifest, engine)
+        note = engine.fallback or ""
+        execution = engine.execution.partition("-")[0]
+        in_use = torch.cuda.max_memory_reserved() if plan.device == "cuda" else None
+    per_token = 1 / settings.tokens
+    guessing = plan.prefetch.depth > 0
+    forced_guess = guessing and settings.routing != "model"
+    return BenchmarkRow.model_validate(
+        {
+            "model": manifest.model.source,
+            "synthetic": not manifest.files,
+            "experts": max(layer.experts for layer in manifest.layers),
+            "top_k": manifest.model.top_k,
+            "expert_scheme": manifest.quantization.experts.label,
+            "attention_scheme": manifest.quantization.attention.label,
+            "strategy": plan.strategy,
+            "execution": execution,
+            "k": sum(plan.cache_slots) / len(plan.cache_slots),
+            "routing": settings.routing,
+            "recall": settings.recall if forced_guess else None,
+            "prompt_tokens": settings.prompt,
+            "tokens": settings.tokens,
+            "batch": 1,
+            "note": note,
+            "tokens_per_second": settings.tokens / seconds,
+            "time_to_first_token": first,
+            "hit_rate": decode.hit_rate if decode.uses and plan.strategy in ("full", "no-prefetch") else None,
+            "missed_bytes": decode.missed_bytes * per_token,
+            "guessed_bytes": decode.guessed_bytes * per_token if guessing else None,
+            "wasted_bytes": wasted * per_token if guessing and wasted is not None else None,
+            "streamed_bytes": decode.streamed_bytes * per_token,
+            "read_bytes": reads,
+            "prefill_bytes": run.prefill_traffic.moved_bytes,
+            "guesses": decode.guesses if guessing else None,
+            "guesses_used": decode.guesses_used if guessing else None,
+            "memory_planned": plan.memory.total,
+            "memory_in_use": in_use,
+            "host_planned": plan.ram_nbytes,
+            "host_in_use": max(0, psutil.Process().memory_info().rss - host_before),
+        }
+    )
+
+
+def _warm_up(plan: Plan, settings: Settings) -> int:
+    """Enough tokens that every slot was filled, where all experts are to be hits."""
+    return settings.warm_up * 4 if max(plan.cache_slots) >= max(plan.ram_experts) else settings.warm_up
+
+
+def _read_bytes(manifest: Manifest, engine: Engine) -> int:
+    """Bytes that a token reads from device memory: its experts and all resident weights, of the embedding one row."""
+    experts = sum(manifest.model.top_k * manifest.layout_of(i).nbytes for i in range(len(manifest.layers)))
+    packed = sum(s.nbytes for m in manifest.resident for s in m.segments)
+    model = engine.model
+    parameters = {p.data_ptr(): p.nbytes for p in model.parameters()}  # tied ones once
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding.data_ptr() != head.data_ptr():
+        del parameters[embedding.data_ptr()]
+    return experts + packed + int(sum(parameters.values()))
+
+
+def _routes(manifest: Manifest, plan: Plan, settings: Settings) -> Callable[[torch.device], ForcedRoutes] | None:
+    """Forced routes for the engine's device; None where the model's own router decides."""
+    if settings.routing == "model":
+        return None
+    layers, top_k = len(manifest.layers), manifest.model.top_k
+    experts = min(layer.experts for layer in manifest.layers)
+    count = settings.tokens + 4 * settings.warm_up
+    if settings.routing == "recorded":
+        if settings.trace is None:
+            raise UsageError("recorded routing needs a trace: --trace FILE")
+        table = recorded(settings.trace)
+        if table.shape[1:] != (layers, top_k) or int(table.max()) >= experts:
+            raise UsageError(f"{settings.trace}: routes of another model than {manifest.model.source}")
+    else:
+        source = uniform if settings.routing == "uniform" else markov
+        table = source(layers, experts, top_k, count, settings.seed)
+    guessed = None
+    if plan.prefetch.depth:
+        guessed = guesses(table, experts, 1.0 if settings.recall is None else settings.recall, settings.seed + 1)
+
+    def tensors(device: torch.device) -> ForcedRoutes:
+        ids = torch.from_numpy(table.astype(np.int64)).to(device)
+        said = None if guessed is None else torch.from_numpy(guessed.astype(np.int64)).to(device)
+        return ForcedRoutes(ids, said, settings.stall)
+
+    return tensors
+
+
+class _Run:
+    """One engine's run: a prompt, then tokens."""
+
+    def __init__(self, engine: Engine, settings: Settings):
+        self._engine = engine
+        self._prompt = np.random.default_rng(settings.seed).integers(0, engine.vocabulary, settings.prompt).tolist()
+        self._session = engine.session()
+        self._token = 0
+        self.prefill_traffic = Traffic()
+
+    def prefill(self) -> float:
+        """Seconds to the first token; the first pass is thrown away, for what is compiled and allocated in it."""
+        for _ in range(2):
+            self._session = self._engine.session()
+            before = self._engine.traffic
+            begin = time.perf_counter()
+            self._token = int(self._session.prefill(self._prompt).argmax())
+            seconds = time.perf_counter() - begin
+            self.prefill_traffic = self._engine.traffic.since(before)
+        return seconds
+
+    def decode(self, tokens: int) -> float:
+        """Seconds for so many tokens; each is read by the host, as text needs it."""
+        begin = time.perf_counter()
+        for _ in range(tokens):
+            self._token = int(self._session.step(self._token).argmax())
+        return time.perf_counter() - begin

@@ -1,0 +1,135 @@
+"""The experts of a decoding step without the host: lookup, copies, products and sum, all decided on the device.
+
+Nothing here reads a value back, so that a whole step can be captured in one CUDA graph. What it computes is what
+`model.experts` computes, from the packed weights directly: products in 16-bit fixed point with exact sums instead of
+weights rounded to the model's dtype. Passes of more tokens than the cache has landing buffers for go to the runner that
+streams layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeflow.kernels.gemv import DTYPES, MOST_TOKENS, Gate, Gemv, Jobs, unsupported
+from moeflow.kernels.launcher import Launcher
+from moeflow.model.experts import ExpertRunner
+from moeflow.model.routes import ForcedRoutes
+from moeflow.offload.device import DeviceCache
+from moeflow.offload.lanes import Lanes, Mark
+from moeflow.offload.predictor import NextGate
+from moeflow.schema import Manifest
+
+__all__ = ["DeviceRunner", "gate_of", "unsupported_layout"]
+
+THREADS = 256
+GATES = {"SiLU": "SILU", "SiLUActivation": "SILU", "GELUActivation": "GELU", "GELU": "GELU", "GELUTanh": "GELU_TANH",
+         "NewGELUActivation": "GELU_TANH", "ReLU": "RELU"}  # fmt: skip
+
+
+def unsupported_layout(manifest: Manifest) -> str | None:
+    """Why the kernels cannot multiply this model's experts, or None."""
+    matrices = (matrix for layout in manifest.layouts for matrix in layout.matrices)
+    return next((reason for matrix in matrices if (reason := unsupported(matrix))), None)
+
+
+def gate_of(experts: Any) -> Gate | None:
+    """The activation of an experts module as the kernels know it; None where only the module itself can compute it."""
+    own = type(experts).__dict__.get("_apply_gate")
+    if own is not None and own.__module__ != "transformers.integrations.moe":
+        if not experts.is_concatenated and hasattr(experts, "limit") and hasattr(experts, "alpha"):
+            return Gate("CLAMPED", float(experts.limit), float(experts.alpha))
+        return None
+    name = GATES.get(type(getattr(experts, "act_fn", None)).__name__)
+    return Gate(name) if name and experts.is_concatenated else None
+
+
+class DeviceRunner:
+    """Runs the experts of all layers; one per engine."""
+
+    def __init__(self, manifest: Manifest, cache: DeviceCache, launcher: Launcher, many: ExpertRunner):
+        self.cache = cache
+        self._many = many
+        self._manifest = manifest
+        self._launcher = launcher
+        self._device = cache.device
+        self.lanes = Lanes(cache.device)
+        self._gemvs = [tuple(Gemv(launcher, m, cache.device) for m in y.matrices) for y in manifest.layouts]
+        self._guess: Mark | None = None
+        self._shown: Tensor | None = None  # what the side stream reads: its memory may not be given away before
+        self.predictor: NextGate | ForcedRoutes | None = None
+        self.routes: ForcedRoutes | None = None
+
+    def run(self, layer: int, module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
+        """As `ExpertRunner.run`."""
+        tokens = hidden_states.shape[0]
+        if self.routes is not None:
+            top_k_index = self.routes.chosen(layer, top_k_index)
+        if tokens > MOST_TOKENS or top_k_index.numel() > self.cache.most_choices:
+            return self._many.run(layer, module, hidden_states, top_k_index, weights)
+        cache, lanes = self.cache, self.lanes
+        if self._guess is not None:
+            self._guess.wait()
+            self._guess = self._shown = None
+        found = cache.find(layer, top_k_index.to(torch.int64).contiguous(), tokens)
+        with lanes.copies():
+            cache.copy(layer, 0)
+            gate_up_here = lanes.mark()
+            cache.copy(layer, 1)
+            down_here = lanes.mark()
+        self._guess_next(layer, hidden_states)
+        gate_up, down = self._gemvs[self._manifest.layers[layer].layout]
+        buffers = found.places if tokens == 1 else found.buffers
+        choices = top_k_index.numel()
+        jobs = Jobs(found.pool, buffers, choices, choices // tokens, found.starts, found.lists)
+        x = gate_up.prepare(hidden_states.contiguous())
+        gate_up_here.wait()
+        product = gate_up.multiply(x, jobs, tokens)  # [T * K, 2I]
+        gated = self._gated(module, down, product, hidden_states.dtype)
+        jobs = Jobs(found.pool, buffers, choices, 1, found.starts, found.lists)
+        down_here.wait()
+        return self._combine(down.multiply(gated, jobs, tokens), weights, hidden_states)
+
+    def _gated(self, module: Any, down: Gemv, product: Tensor, dtype: torch.dtype) -> Any:
+        gate = gate_of(module)
+        if gate is not None:
+            return down.prepare(product, gate)
+        return down.prepare(module._apply_gate(product.to(dtype)).contiguous())
+
+    def _guess_next(self, layer: int, hidden_states: Tensor) -> None:
+        """Let the next layer's probable experts follow this layer's needs over the link."""
+        if self.predictor is None or layer + 1 == len(self._manifest.layers) or not self.cache.guesses:
+            return
+        if isinstance(self.predictor, ForcedRoutes) and hidden_states.shape[0] > 1:
+            return  # no routes are forced upon several tokens
+        self._shown = hidden_states
+        with self.lanes.side():
+            ids = self.predictor.guess(layer, hidden_states)
+            self.cache.guess(layer + 1, ids[0].T.reshape(-1).contiguous())  # first choices first
+            self._guess = self.lanes.mark()
+        with self.lanes.copies(after=self._guess):
+            self.cache.copy_guesses(layer + 1)
+
+    def _combine(self, results: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+        """The router's weighted sum [T, H] of results [T * K, H]."""
+        tokens, columns = like.shape
+        out = torch.empty_like(like)
+        defines: dict[str, int | str] = {
+            "KIND": "DENSE",
+            "BITS": 32,
+            "OUTPUT": DTYPES[like.dtype],
+            "WEIGHT": DTYPES[weights.dtype],
+        }
+        kernel = self._launcher.kernel("activation.cu", "combine", defines)
+        grid = (-(-columns // THREADS), tokens, 1)
+        kernel(grid, THREADS, results, weights.contiguous(), out, results.shape[0] // tokens, columns)
+        return out
+
+    def reset(self) -> None:
+        """Start with a cold cache, after a pass that was abandoned midway."""
+        self.lanes.synchronize()
+        self._guess = self._shown = None
+        self.cache.reset()
+        self._many.reset()

@@ -1,0 +1,156 @@
+"""Two ways to run the same model: driven by the host, or by the device.
+
+Host-driven, Python reads the router's choice of every layer, fetches through the cache, and computes: on any device,
+with blobs in any tier. Device-driven, kernels look up, copy and compute, and a decoding step is one CUDA graph
+that the host only starts: wherever all blobs lie in page-locked memory. Both compute the same function; rounding
+differs, because the kernels multiply packed weights where the host multiplies weights rounded to the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moeflow.errors import DeviceError
+from moeflow.kernels.launcher import Launcher
+from moeflow.model.device_experts import DeviceRunner, unsupported_layout
+from moeflow.model.experts import ExpertRunner
+from moeflow.model.kv import GrowingKv, KvCache, StaticKv, make_static
+from moeflow.model.linear import use_kernels
+from moeflow.model.step import DecodeStep
+from moeflow.offload.cache import ExpertCache
+from moeflow.offload.device import DeviceCache
+from moeflow.offload.link import Link
+from moeflow.offload.store import HostStore
+from moeflow.offload.stream import LayerStream
+from moeflow.offload.traffic import Traffic
+from moeflow.schema import Manifest, Plan
+
+__all__ = ["DeviceExecution", "Execution", "HostExecution"]
+
+
+class Execution(Protocol):
+    """How passes are carried out."""
+
+    runner: Any
+    """Computes a layer's experts; has `predictor` and `reset`."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the link carried since the start; waits for the device."""
+
+    def bind(self, model: Any) -> None:
+        """Take the model that calls `runner`."""
+
+    def new_kv(self) -> KvCache:
+        """An empty KV cache."""
+
+    def forward(self, ids: Sequence[int], kv: KvCache, last: int) -> Tensor:
+        """Logits of the last `last` tokens (0: all) of `ids`, which follow those in `kv`."""
+
+
+class HostExecution:
+    """Any device, any tier."""
+
+    def __init__(self, manifest: Manifest, plan: Plan, link: Link, device: torch.device):
+        self.traffic = Traffic()
+        self._device = device
+        cache = ExpertCache(manifest, plan, link, device, self.traffic)
+        stream = LayerStream(manifest, link, device, self.traffic) if plan.stream_layers else None
+        self.runner = ExpertRunner(manifest, plan, cache, stream, getattr(torch, plan.dtype))
+        self._model: Any = None
+
+    def bind(self, model: Any) -> None:
+        """Take the model that calls `runner`."""
+        self._model = model
+
+    def new_kv(self) -> KvCache:
+        """An empty KV cache."""
+        return GrowingKv(self._model.config)
+
+    def forward(self, ids: Sequence[int], kv: KvCache, last: int) -> Tensor:
+        """Logits of the last `last` tokens."""
+        inputs = torch.tensor([list(ids)], device=self._device)
+        output = self._model(input_ids=inputs, past_key_values=kv.cache, use_cache=True, logits_to_keep=last)
+        kv.length += len(ids)
+        logits: Tensor = output.logits[0]
+        return logits
+
+
+class DeviceExecution:
+    """CUDA with all blobs in page-locked memory; under test also a CPU that emulates the kernels.
+
+    Raises:
+        DeviceError: the kernels cannot serve this model or this machine; the message says why.
+    """
+
+    def __init__(
+        self, manifest: Manifest, plan: Plan, store: HostStore, link: Link, launcher: Launcher, device: torch.device
+    ):
+        if reason := unsupported_layout(manifest):
+            raise DeviceError(reason)
+        if store.refused:
+            raise DeviceError(store.refused)
+        top_k = manifest.model.top_k
+        sources = [store.address(layer) for layer in range(len(manifest.layers))]
+        self._cache = DeviceCache(manifest, plan, launcher, sources, device)
+        if self._cache.most_choices < top_k:
+            raise DeviceError(f"{plan.staging_slots} landing buffers; one step needs {top_k + self._cache.guesses}")
+        self._streamed = Traffic()
+        stream = LayerStream(manifest, link, device, self._streamed)
+        many = ExpertRunner(
+            manifest, plan, self._cache, stream, getattr(torch, plan.dtype), launcher, always_stream=True
+        )
+        self.runner = DeviceRunner(manifest, self._cache, launcher, many)
+        self._plan, self._launcher, self._device = plan, launcher, device
+        self._lease: StaticKv | None = None
+        self._model: Any = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the link carried since the start; waits for the device."""
+        return self._cache.count(self._streamed)
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Copied on guesses that were not used."""
+        return self._cache.wasted_bytes
+
+    def bind(self, model: nn.Module) -> None:
+        """Take the model that calls `runner`, and capture its decoding step.
+
+        Raises:
+            RuntimeError: an operation of the model cannot be captured.
+        """
+        use_kernels(model, self._launcher)
+        self._model = model
+        self._kv = make_static(self._model.config, self._plan.context_length, self._device)
+        self._step = DecodeStep(model, self._kv, self._device)
+        if self._device.type == "cuda":
+            self._step.capture()
+        self.runner.reset()
+        self._cache.forget()
+
+    def new_kv(self) -> KvCache:
+        """An empty KV cache: the engine's one, taken from whoever had it."""
+        self._lease = StaticKv(self._kv, self._lease)
+        return self._lease
+
+    def forward(self, ids: Sequence[int], kv: KvCache, last: int) -> Tensor:
+        """Logits of the last `last` tokens."""
+        if kv.stale:
+            raise DeviceError("this KV cache was given to another sequence; ask the engine for a new one")
+        if len(ids) == 1:
+            logits = self._step.run(ids[0], kv.length)[None]
+        else:
+            inputs = torch.tensor([list(ids)], device=self._device)
+            positions = torch.arange(kv.length, kv.length + len(ids), device=self._device)[None]
+            output = self._model(
+                input_ids=inputs, position_ids=positions, past_key_values=kv.cache, use_cache=True, logits_to_keep=last
+            )
+            logits = output.logits[0]
+        kv.length += len(ids)
+        return logits

@@ -1,0 +1,193 @@
+"""The device-driven engine on a CPU: its real kernels, emulated, against transformers and the host-driven path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
+
+import moeflow
+from moeflow.artifact.reader import Artifact
+from moeflow.engine import Engine
+from moeflow.errors import DeviceError
+from moeflow.generation import Sampler, TokenStream
+from moeflow.pipeline import _plan_for
+
+emulator = pytest.importorskip("emulator.launcher")
+pytestmark = pytest.mark.skipif(not emulator.available(), reason="no g++")
+
+# Activations are rounded to 16-bit fixed point, a scale per chunk of 16 to 64: at most 1.6e-5 of the chunk's largest a
+# product. These models are 64 wide and random, which amplifies it: 38 prompts gave at most 4.1e-4 of the largest logit.
+BOUND = 1e-3
+NONE = {"experts": {"backend": "none"}, "attention": {"backend": "none"}}
+
+
+def hqq(bits: int, attention: int = 4) -> dict[str, object]:
+    scheme = {"backend": "hqq", "group_size": 64}
+    return {"experts": {**scheme, "bits": bits}, "attention": {**scheme, "bits": attention}}
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[str, Path] = {}
+
+    def pack(checkpoint: Path, quantization: dict[str, object]) -> Path:
+        key = f"{checkpoint} {quantization}"
+        if key not in made:
+            profile = {"model": str(checkpoint), "quantization": quantization, "hardware": "cpu-2-cores"}
+            made[key] = moeflow.pack(profile, tmp_path_factory.mktemp("artifact") / "a")
+        return made[key]
+
+    return pack
+
+
+def load(artifact: Path, order: str = "forward", **overrides: object) -> Engine:
+    opened = Artifact.open(artifact)
+    plan = _plan_for(opened, {"execution": "device", "context_length": 128, **overrides})
+    engine = Engine(opened, plan, launcher=emulator.EmulatedLauncher(order))
+    assert engine.execution == "device-driven", engine.fallback
+    return engine
+
+
+def random_ids(count: int) -> list[int]:
+    seed = int(torch.randint(1 << 30, ()))
+    print(f"ids from seed {seed}")
+    return torch.randint(96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_near(found: torch.Tensor, reference: torch.Tensor, bound: float = BOUND) -> None:
+    assert found.shape == reference.shape
+    error = float((found - reference).abs().max() / reference.abs().max())
+    print(f"largest difference {error:.2e} of the largest logit")
+    assert error <= bound
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_logits_are_those_of_the_dequantized_weights(
+    tiny_checkpoint: Path, packed: Callable[..., Path], bits: int
+) -> None:
+    ids = random_ids(24)
+    artifact = packed(tiny_checkpoint, hqq(bits, {2: 4, 3: 2, 4: 8, 8: 3}[bits]))
+    reference = logits_of(dequantized_model(artifact), ids)
+    with load(artifact, experts_per_layer=3) as engine:
+        assert_near(engine.logits(ids, chunk=1), reference)
+        assert_near(engine.logits(ids), reference)  # prefill: whole layers, unpacked by the kernel
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_families_unquantized(
+    checkpoint_factory: Callable[..., Path], packed: Callable[..., Path], family: str
+) -> None:
+    checkpoint = checkpoint_factory(family)
+    ids = random_ids(16)
+    with load(packed(checkpoint, NONE), experts_per_layer=3) as engine:
+        assert_near(engine.logits(ids, chunk=1), logits_of(checkpoint_model(checkpoint), ids), 2e-5)
+
+
+def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:
+    artifact, ids = packed(tiny_checkpoint, hqq(2)), random_ids(24)
+    with load(artifact, experts_per_layer=4) as engine:
+        expected = engine.logits(ids, chunk=1)
+    settings: list[dict[str, object]] = [{"experts_per_layer": k} for k in (0, 1, 3, 8)]
+    settings += [{"strategy": "no-prefetch"}, {"strategy": "no-cache"}, {"policy": "lfu", "experts_per_layer": 3}]
+    for number, setting in enumerate(settings):
+        with load(artifact, ("forward", "reverse", "random")[number % 3], **setting) as engine:
+            assert torch.equal(engine.logits(ids, chunk=1), expected), setting
+
+
+def test_greedy_tokens_are_the_hosts(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:
+    artifact, ids = packed(tiny_checkpoint, hqq(4)), random_ids(12)
+    with moeflow.load(artifact, execution="host") as engine:
+        assert engine.execution == "host-driven"
+        expected = engine.generate(ids, max_new_tokens=24, temperature=0).ids
+    with load(artifact, experts_per_layer=3) as engine:
+        assert engine.generate(ids, max_new_tokens=24, temperature=0).ids == expected
+        assert engine.generate(ids, max_new_tokens=24, temperature=0).ids == expected  # a used engine, and cache
+        stats = engine.stats
+    assert stats.decode.uses == 2 * 2 * stats.decode_steps  # layers, top-k
+    assert stats.decode.hits and stats.decode.misses and stats.decode.guesses_used
+    assert expected == tuple(greedy_of(dequantized_model(artifact), ids, 24)) or len(expected) < 24
+
+
+def test_hit_counts_are_the_hosts(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:
+    """Without guesses both paths keep and evict the same experts."""
+    artifact, ids = packed(tiny_checkpoint, NONE), random_ids(24)
+    counts = []
+    for execution in ("host", "device"):
+        settings = {"strategy": "no-prefetch", "experts_per_layer": 3}
+        engine = (
+            load(artifact, **settings)
+            if execution == "device"
+            else moeflow.load(artifact, execution="host", **settings)
+        )
+        with engine:
+            engine.logits(ids, chunk=1)
+            counts.append((engine.traffic.hits, engine.traffic.misses, engine.traffic.missed_bytes))
+    assert counts[0] == counts[1]
+
+
+def test_a_conversation_computes_only_what_is_new(tiny_artifact: Path) -> None:
+    with load(tiny_artifact) as engine:
+        first = random_ids(20)
+        session = engine.session()
+        answer = engine.generate(first, max_new_tokens=8, temperature=0, session=session).ids
+        turn = [*first, *answer, *random_ids(6)]
+        continued = engine.generate(turn, max_new_tokens=8, temperature=0, session=session).ids
+        assert continued == engine.generate(turn, max_new_tokens=8, temperature=0).ids  # takes the KV cache away
+        again = [*turn, *continued, *random_ids(3)]
+        expected = engine.generate(again, max_new_tokens=8, temperature=0).ids
+        assert engine.generate(again, max_new_tokens=8, temperature=0, session=session).ids == expected
+
+
+def test_two_generations_at_once_take_turns(tiny_artifact: Path) -> None:
+    with load(tiny_artifact) as engine:
+        one, two = random_ids(10), random_ids(14)
+        expected = [engine.generate(ids, max_new_tokens=8, temperature=0).ids for ids in (one, two)]
+        streams = [iter(TokenStream(engine, ids, 8, Sampler(0.0), set())) for ids in (one, two)]
+        found: list[list[int]] = [[], []]
+        for _ in range(len(expected[0])):
+            for stream, tokens in zip(streams, found, strict=True):
+                tokens.append(next(stream))
+        assert found[0] == list(expected[0])[: len(found[0])]
+        assert found[1] == list(expected[1])[: len(found[1])]
+
+
+def test_an_interrupted_step_leaves_a_sound_engine(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(16)
+    with load(tiny_artifact, experts_per_layer=2) as engine:
+        expected = engine.logits(ids, chunk=1)
+        runner = engine._execution.runner
+        for name in ("_combine", "_gated", "_guess_next"):
+            original, calls = getattr(runner, name), 0
+
+            def stop(*arguments: object, original: Callable[..., object] = original) -> object:
+                nonlocal calls
+                calls += 1
+                if calls == 3:
+                    raise KeyboardInterrupt
+                return original(*arguments)
+
+            monkeypatch.setattr(runner, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                engine.logits(ids, chunk=1)
+            monkeypatch.setattr(runner, name, original)
+            assert torch.equal(engine.logits(ids, chunk=1), expected)
+
+
+def test_falls_back_and_says_why(tiny_artifact: Path) -> None:
+    opened = Artifact.open(tiny_artifact)
+    plan = _plan_for(opened, {"execution": "device", "context_length": 64})
+    with Engine(opened, plan) as engine:
+        assert engine.execution == "host-driven"
+        assert engine.fallback == "host-driven instead of device-driven: kernels need a CUDA device"
+        assert engine.generate("abc", max_new_tokens=4, temperature=0).ids
+
+    class Broken(emulator.EmulatedLauncher):  # type: ignore[name-defined, misc]
+        def kernel(self, *_: object) -> object:
+            raise DeviceError("gemv.cu: CUDA says CUDA_ERROR_NO_BINARY_FOR_GPU")
+
+    with Engine(opened, plan, launcher=Broken()) as engine, pytest.raises(DeviceError, match="NO_BINARY"):
+        engine.generate("abc", max_new_tokens=4, temperature=0)
