@@ -47,35 +47,40 @@ def _check_columns(name: str, scheme: Scheme, columns: int) -> None:
         raise DocumentError(f"{name} has {columns} inputs, not a multiple of {step} ({scheme.label}); {remedy}")
 
 
-def packed_matrix(name: str, rows: int, columns: int, scheme: Scheme, dense: str, offset: int = 0) -> PackedMatrix:
-    """Lay out one matrix from `offset` on; `dense` is the dtype of unquantized numbers.
+def packed_matrix(
+    name: str, rows: int, columns: int, scheme: Scheme, dense: str, offset: int = 0, bias: bool = False
+) -> PackedMatrix:
+    """Lay out one matrix, and its bias, from `offset` on; `dense` is the dtype of unquantized numbers.
 
     Raises:
         DocumentError: the scheme's group size does not divide `columns`.
     """
     _check_columns(name, scheme, columns)
     segments = []
-    for part, dtype, shape in _parts(scheme, rows, columns, dense):
+    parts = _parts(scheme, rows, columns, dense)
+    if bias:
+        parts.append(("bias", "float32", (rows,)))
+    for part, dtype, shape in parts:
         offset = _round_up(offset, ALIGNMENT)
         nbytes = prod(shape) * _ITEM[dtype]
         segments.append(
             Segment.model_validate({"part": part, "dtype": dtype, "shape": shape, "offset": offset, "nbytes": nbytes})
         )
         offset += nbytes
-    return PackedMatrix(name=name, rows=rows, columns=columns, scheme=scheme, segments=tuple(segments))
+    return PackedMatrix(name=name, rows=rows, columns=columns, scheme=scheme, segments=tuple(segments), bias=bias)
 
 
-def blob_layout(matrices: Iterable[tuple[str, int, int]], scheme: Scheme, dense: str) -> BlobLayout:
+def blob_layout(matrices: Iterable[tuple[str, int, int]], scheme: Scheme, dense: str, bias: bool = False) -> BlobLayout:
     """Lay out `(name, rows, columns)` one after the other in one page-aligned blob."""
     packed: list[PackedMatrix] = []
     end = 0
     for name, rows, columns in matrices:
-        packed.append(packed_matrix(name, rows, columns, scheme, dense, offset=end))
+        packed.append(packed_matrix(name, rows, columns, scheme, dense, offset=end, bias=bias))
         last = packed[-1].segments[-1]
         end = last.offset + last.nbytes
     return BlobLayout(nbytes=_round_up(end, PAGE), matrices=tuple(packed))
 
 
-def expert_layout(hidden: int, intermediate: int, scheme: Scheme, dense: str) -> BlobLayout:
+def expert_layout(hidden: int, intermediate: int, scheme: Scheme, dense: str, bias: bool = False) -> BlobLayout:
     """The blob of a gated expert: gate_up [2I, H], then down [H, I]."""
-    return blob_layout([("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)], scheme, dense)
+    return blob_layout([("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)], scheme, dense, bias)

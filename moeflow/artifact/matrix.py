@@ -27,7 +27,9 @@ def parts_of(matrix: PackedMatrix, blob: Tensor) -> dict[str, Tensor]:
     return {segment.part: segment_view(blob, segment) for segment in matrix.segments}
 
 
-def encode(matrix: PackedMatrix, weights: Sequence[Tensor], quantizer: Quantizer, blob: Tensor) -> tuple[float, float]:
+def encode(
+    matrix: PackedMatrix, weights: Sequence[Tensor], quantizer: Quantizer, blob: Tensor, bias: Tensor | None = None
+) -> tuple[float, float]:
     """Quantize `weights` one by one, stack their rows, and write them to the matrix's place in `blob`.
 
     Args:
@@ -35,12 +37,14 @@ def encode(matrix: PackedMatrix, weights: Sequence[Tensor], quantizer: Quantizer
         weights: each [N_i, K], on the device that shall quantize.
         quantizer: the backend of `matrix.scheme`.
         blob: uint8, in host memory.
+        bias: [N], for a matrix that has one.
 
     Returns:
         Sums of squares of the error and of the weights, for a relative error over many matrices.
     """
     stored = [quantizer.quantize(weight) for weight in weights]
-    for segment, value in zip(matrix.segments, _arrays(matrix, stored), strict=True):
+    arrays = [*_arrays(matrix, stored), *([bias] if bias is not None else [])]
+    for segment, value in zip(matrix.segments, arrays, strict=True):
         segment_view(blob, segment).copy_(value.view(segment.shape))
     restored = dequantize(matrix, parts_of(matrix, blob), torch.float32).to(weights[0].device)
     original = torch.cat([w.float() for w in weights])

@@ -21,9 +21,9 @@ Digest = str
 class Segment(Part):
     """One plain array inside a blob or a resident tensor."""
 
-    part: Literal["words", "high", "scales", "dense"]
+    part: Literal["words", "high", "scales", "dense", "bias"]
     """words: packed integers; high: the third bit of 3-bit weights; scales: scale and zero pairs; dense: 16 or
-    32 bit numbers."""
+    32 bit numbers; bias: what is added to the product."""
     dtype: Literal["int32", "float16", "bfloat16", "float32"]
     shape: tuple[int, ...]
     offset: int = Field(ge=0)
@@ -39,6 +39,8 @@ class PackedMatrix(Part):
     columns: int = Field(ge=1)
     scheme: Scheme
     segments: tuple[Segment, ...]
+    bias: bool = False
+    """Whether the last segment is a bias, float32 `[rows]`."""
 
 
 class BlobLayout(Part):
