@@ -102,16 +102,26 @@ class Engine:
         """
         self._check_open()
         inputs = torch.tensor([list(ids)], device=self.device)
+        pieces = inputs.split(1, dim=1) if self._stepwise and cache.get_seq_length() else [inputs]
         try:
-            output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=last)
+            rows = [
+                self._model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+                for piece in pieces
+            ]
         except BaseException as error:  # an abandoned pass leaves copies under way and buffers without an owner
             self._link.drain()
             self._runner.reset()
             if isinstance(error, torch.OutOfMemoryError):
                 raise CapacityError(_out_of_memory(self.plan)) from error
             raise
-        logits: Tensor = output.logits
-        return logits[0]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)[-last:]
+
+    @cached_property
+    def _stepwise(self) -> bool:
+        """Whether tokens that follow others go one by one: transformers' Mamba scans of several start from nothing."""
+        config = self._model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+        return not {"mamba", "mamba2", "linear_attention", "recurrent"}.isdisjoint(kinds)
 
     def prefill(self, ids: Sequence[int], cache: Any) -> Tensor:
         """Run a prompt in chunks; returns the logits [V] after its last token."""

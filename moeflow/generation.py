@@ -126,7 +126,10 @@ class Session:
         while kept < min(len(self._ids), len(prompt) - 1) and self._ids[kept] == prompt[kept]:
             kept += 1
         if kept < len(self._ids):
-            self._cache.crop(kept - len(self._ids))  # negative: that many are removed, in all versions
+            try:
+                self._cache.crop(kept - len(self._ids))  # negative: that many are removed, in all versions
+            except RuntimeError:  # what a sliding window or a Mamba state has forgotten cannot be restored
+                kept, self._cache = 0, self._engine.new_cache()
         del self._ids[kept:]
         return self._run(prompt[kept:], self._engine.prefill)
 

@@ -95,7 +95,8 @@ class Packer:
         self.records = Records(output / ".moeflow")
         shapes = dict.fromkeys((layer.hidden, layer.intermediate) for layer in checkpoint.layers)
         self.layouts: dict[tuple[int, int], BlobLayout] = {
-            shape: expert_layout(*shape, quantization.experts, checkpoint.dtype) for shape in shapes
+            shape: expert_layout(*shape, quantization.experts, checkpoint.dtype, checkpoint.family.biased)
+            for shape in shapes
         }
         self.resident = {m.name: m for m in self._resident_matrices()}
 
@@ -115,9 +116,8 @@ class Packer:
         width = len(str(len(layers) - 1))
         units = []
         for i, layer in enumerate(layers):
-            names = [name for expert in layer.experts for name in expert.values()]
             layout = self.layouts[layer.hidden, layer.intermediate]
-            key = self._key(names, layout.model_dump(mode="json"))
+            key = self._key(layer.tensors, layout.model_dump(mode="json"))
             nbytes = layout.nbytes * len(layer.experts)
             units.append(_Unit(f"experts-{i:0{width}}.safetensors", f"layer {i + 1} of {len(layers)}", key, nbytes, i))
         names = list(self.checkpoint.resident.values())

@@ -6,17 +6,17 @@ parameters are then assigned from the artifact, and packed matrices take the pla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeflow.artifact.families import family_of
 from moeflow.artifact.reader import Artifact
 from moeflow.errors import ArtifactError
 from moeflow.model.experts import IMPLEMENTATION, ExpertRunner, offloaded_experts
 from moeflow.model.linear import PackedLinear
+from moeflow.model.routers import find_routers
 from moeflow.offload.predictor import NextGate
 from moeflow.schema import Plan
 
@@ -40,19 +40,11 @@ def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner, device: to
             delattr(experts, name)
         experts.moeflow = (runner, position)
     _assign_resident(model, artifact, dtype, device)
-    model.to(device)
+    model.to(device).eval().requires_grad_(False)
     if plan.prefetch.depth and plan.strategy == "full":
-        family = family_of({"model_type": artifact.manifest.model.type}, str(artifact.directory))
-        routers = [
-            _scores(model.get_submodule(layer.router), family.router_scores) for layer in artifact.manifest.layers
-        ]
-        runner.predictor = NextGate(routers, plan.prefetch.depth, plan.prefetch.experts)
-    return model.eval().requires_grad_(False)
-
-
-def _scores(router: nn.Module, result: int) -> Callable[[Tensor], Tensor]:
-    """A router's scores [T, E], whatever else it returns."""
-    return lambda hidden_states: router(hidden_states)[result]
+        routers = find_routers(model, artifact.manifest.layers, plan.prefetch.experts, dtype)
+        runner.predictor = NextGate(routers, plan.prefetch.depth) if routers else None
+    return model
 
 
 def _assign_resident(model: Any, artifact: Artifact, dtype: torch.dtype, device: torch.device) -> None:
@@ -62,19 +54,36 @@ def _assign_resident(model: Any, artifact: Artifact, dtype: torch.dtype, device:
     path = artifact.directory / manifest.resident_shard
     artifact.resident_header()  # a truncated file is reported by us, with numbers
     packed = {f"{m.name}.{s.part}" for m in manifest.resident for s in m.segments}
+    dtypes = _dtypes(model, dtype)
+    buffers = {name for name, _ in model.named_buffers()}  # real from the start: without a tensor silently zero
     with safe_open(path, framework="pt") as reader:
-        dense = {n: reader.get_tensor(n).to(device, dtype) for n in reader.keys() if n not in packed}  # noqa: SIM118
+        names = [n for n in reader.keys() if n not in packed]  # noqa: SIM118
+        dense = {n: reader.get_tensor(n).to(device, dtypes.get(n, dtype)) for n in names}
         for matrix in manifest.resident:
             parts: dict[str, Tensor] = {
                 s.part: reader.get_tensor(f"{matrix.name}.{s.part}").to(device) for s in matrix.segments
             }
             name = matrix.name.removesuffix(".weight")
             model.set_submodule(name, PackedLinear(matrix, parts, dense.pop(f"{name}.bias", None), dtype))
-    unexpected = model.load_state_dict(dense, strict=False, assign=True).unexpected_keys
+    result = model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    missing += [name for name in result.missing_keys if name in buffers]
+    unexpected = result.unexpected_keys
     if missing or unexpected:
         raise ArtifactError(
             f"{path}: does not fit transformers' {manifest.model.type}: missing {missing[:3]}, "
             f"unexpected {unexpected[:3]}; pack again with this version of transformers"
         )
+
+
+def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of every parameter and buffer: what the model asks for, as transformers' own loading does.
+
+    Routers choose by small differences, so families keep their correction biases in 32 bits.
+    """
+    wide = [*(model._keep_in_fp32_modules_strict or ())] if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        wide += [*(model._keep_in_fp32_modules or ())]
+    pattern = re.compile("|".join(wide) or r"(?!)")
+    return {n: torch.float32 if pattern.search(n) else t.dtype for n, t in model.state_dict().items()}

@@ -19,7 +19,7 @@ from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.predictor import NextGate
 from moeflow.offload.stream import LayerStream
-from moeflow.schema import BlobLayout, Manifest, Plan
+from moeflow.schema import BlobLayout, Manifest, PackedMatrix, Plan
 
 __all__ = ["ExpertRunner", "IMPLEMENTATION", "offloaded_experts"]
 
@@ -123,8 +123,14 @@ class ExpertRunner:
 
     def _expert(self, module: Any, layout: BlobLayout, blob: Tensor, x: Tensor) -> Tensor:
         """One expert on its tokens x [t, H]."""
-        gate_up, down = (dequantize(m, parts_of(m, blob), self.dtype) for m in layout.matrices)
-        return functional.linear(module._apply_gate(functional.linear(x, gate_up)), down)
+        gate_up, down = (self._matrix(m, blob) for m in layout.matrices)
+        return functional.linear(module._apply_gate(functional.linear(x, *gate_up)), *down)
+
+    def _matrix(self, matrix: PackedMatrix, blob: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        parts = parts_of(matrix, blob)
+        bias = parts["bias"].to(self.dtype) if matrix.bias else None
+        return dequantize(matrix, parts, self.dtype), bias
 
 
 Rows = Tensor | slice
