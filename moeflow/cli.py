@@ -191,6 +191,8 @@ def _load(artifact: Path, **changes: Any) -> Engine:
         engine = pipeline.load(artifact, progress=progress, **changes)
     if engine.device.type == "cuda" and not engine.pinned:
         say("the system refused page-locked memory for the experts: copies will be slower and not overlap computation")
+    if engine.plan.strategy == "full" and engine.plan.prefetch.depth and not engine.guessing:
+        say("prefetch is off: this family's router cannot be applied to another layer's hidden states")
     return engine
 
 

@@ -78,6 +78,11 @@ class Engine:
         return self._store.pinned
 
     @property
+    def guessing(self) -> bool:
+        """Whether experts of coming layers are guessed; not every family's router can be applied out of turn."""
+        return self._runner.predictor is not None
+
+    @property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model."""
         return self._text.tokenizer

@@ -69,6 +69,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_local_experts": EXPERTS, "intermediate_size": INTERMEDIATE, "tie_word_embeddings": True,
             "embedding_multiplier": 2.0, "logits_scaling": 1.5, "residual_multiplier": 0.5,
+            "attention_multiplier": 0.25,
         },
     ),
     "hunyuan_v1_moe": (
@@ -83,6 +84,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "num_experts": EXPERTS, "intermediate_size": INTERMEDIATE, "attn_layer_period": 2, "attn_layer_offset": 1,
             "expert_layer_period": 2, "expert_layer_offset": 0, "mamba_d_state": 8, "mamba_dt_rank": 8,
+            "initializer_range": 0.1,
         },
     ),
     "lfm2_moe": (

@@ -146,7 +146,9 @@ class _Groups:
         self.experts = sorted(places)
         self._places = places
         self._ranges: dict[int, slice] = {}
-        if len(chosen) == top_k:  # one token: slices need no index on the device, whose transfer would stall decoding
+        # one token: slices need no index on the device, whose transfer would stall decoding; but a router that goes by
+        # a table (DeepSeek-V4) may name an expert twice
+        if len(chosen) == top_k == len(places):
             return
         end = 0
         for expert in self.experts:
