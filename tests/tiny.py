@@ -11,9 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from tiny_families import CONFIGS, HIDDEN
+from tiny_families import CONFIGS, GENERIC, HIDDEN
 
-__all__ = ["FAMILIES", "tiny_mixtral", "tiny_olmoe", "tiny_qwen2_moe", "tiny_qwen3_moe", "tiny_checkpoint"]
+__all__ = [
+    "FAMILIES",
+    "tiny_mixtral",
+    "tiny_olmoe",
+    "tiny_qwen2_moe",
+    "tiny_qwen3_moe",
+    "tiny_checkpoint",
+    "tiny_unlisted",
+]
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -207,6 +215,19 @@ def _tiny_family(name: str) -> Callable[..., Path]:
         return _save(directory, getattr(transformers, kind)(**values), seed, dtype, max_shard_size)
 
     return build
+
+
+def tiny_unlisted(directory: Path, name: str) -> Path:
+    """A random model of a type in `UNLISTED`; raises ValueError where this transformers does not know it."""
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(name)
+    values = {key: value for key, value in {**_common(3, HIDDEN), **GENERIC}.items() if hasattr(default, key)}
+    if name == "granitemoehybrid":
+        values["layer_types"] = ["mamba", "attention", "mamba"]
+    if not hasattr(default, "kv_lora_rank"):
+        values["num_key_value_heads"] = 2
+    return _save(directory, AutoConfig.for_model(name, **values), 0, torch.bfloat16, "5GB")
 
 
 FAMILIES = {

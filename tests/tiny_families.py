@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CONFIGS"]
+__all__ = ["CONFIGS", "UNLISTED", "GENERIC"]
 
 EXPERTS = 8
 HIDDEN = 64
@@ -101,4 +101,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "lm_head_bias": True, "sliding_window": None,
         },
     ),
+}  # fmt: skip
+
+# Model types without a declaration, which the generic path runs. A config takes those settings of GENERIC that it has.
+UNLISTED = (
+    "afmoe", "cohere2_moe", "deepseek_v32", "exaone_moe", "flex_olmo", "glm4_moe_lite", "glm_moe_dsa",
+    "granitemoehybrid", "granitemoeshared", "hy_v3", "mimo_v2_flash", "minimax_m2", "solar_open",
+)  # fmt: skip
+GENERIC: dict[str, Any] = {
+    **_LATENT, **_DENSE_FIRST, "n_routed_experts": EXPERTS, "num_experts": EXPERTS, "num_local_experts": EXPERTS,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "head_dim": 16, "shared_intermediate_size": INTERMEDIATE,
+    "shared_expert_intermediate_size": INTERMEDIATE, "attention_multiplier": 0.25,
+    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
 }  # fmt: skip

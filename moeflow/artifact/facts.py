@@ -82,7 +82,8 @@ class ModelConfig:
     def _attention_values(self) -> int:
         """Of one layer and token."""
         if self.values.get("kv_lora_rank"):
-            return self.number("kv_lora_rank") + self.number("qk_rope_head_dim")
+            sparse = int(self.values.get("index_head_dim") or 0)  # keys of DeepSeek-V3.2's indexer
+            return self.number("kv_lora_rank") + self.number("qk_rope_head_dim") + sparse
         query_heads = self.number("num_attention_heads")
         heads = self.values.get("num_key_value_heads") or query_heads
         head_dim = self.values.get("head_dim") or self.number("hidden_size") // query_heads
@@ -107,4 +108,6 @@ class ModelConfig:
         hidden = self.number("hidden_size")
         if kind == "conv":
             return hidden * self.number("conv_L_cache")
-        return hidden * self.number("mamba_expand") * (self.number("mamba_d_state") + self.number("mamba_d_conv"))
+        state, conv = self.number("mamba_d_state"), self.number("mamba_d_conv")
+        groups = int(self.values.get("mamba_n_groups") or 0)  # of Mamba 2
+        return hidden * self.number("mamba_expand") * (state + conv) + 2 * groups * state * conv
