@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
-from test_engine import NONE, assert_same, hqq, random_ids
+from routes import assert_follows
+from test_engine import NONE, hqq, random_ids
 from tiny import FAMILIES
 
 import moeflow
@@ -29,12 +30,8 @@ def test_unquantized_equals_transformers(
     prefetch: int,
 ) -> None:
     checkpoint = checkpoint_factory(family, layers=LAYERS)
-    ids = random_ids(40)
-    expected = logits_of(reference(checkpoint), ids)
     with moeflow.load(packed(checkpoint, NONE), experts_per_layer=k, prefetch_depth=prefetch) as engine:
-        assert_same(engine.logits(ids), expected)
-        assert_same(engine.logits(ids, chunk=1), expected)
-        assert_same(engine.logits(ids, chunk=7), expected)
+        assert_follows(engine, reference(checkpoint), random_ids(40), chunks=(512, 1, 7))
         assert engine.guessing == bool(prefetch)
 
 
@@ -43,11 +40,8 @@ def test_quantized_equals_dequantized_weights(
     checkpoint_factory: Callable[..., Path], packed: Callable[..., Path], family: str
 ) -> None:
     artifact = packed(checkpoint_factory(family, layers=LAYERS), hqq(3))
-    ids = random_ids(30)
-    model = dequantized_model(artifact)
     with moeflow.load(artifact, experts_per_layer=3) as engine:
-        assert_same(engine.logits(ids), logits_of(model, ids))
-        assert_same(engine.logits(ids, chunk=1), logits_of(model, ids))
+        assert_follows(engine, dequantized_model(artifact), random_ids(30), chunks=(512, 1))
 
 
 @ANY_FAMILY

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from routes import engine_routes
 from test_engine import NONE, random_ids
 from tiny import FAMILIES
 from torch import Tensor, nn
@@ -26,19 +26,12 @@ def test_a_router_asked_out_of_turn_chooses_what_it_chooses_in_turn(
     artifact = packed(checkpoint_factory(family, layers=3), NONE)
     with moeflow.load(artifact, experts_per_layer=3) as engine:
         routers = find_routers(engine._model, engine.artifact.manifest.layers, 2, torch.float32)
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
-        original = engine._runner.run
-
-        def record(layer: int, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            seen[layer] = (hidden, index)
-            return original(layer, module, hidden, index, weights)
-
-        engine._runner.run = record
-        engine.logits(random_ids(30))
+        with engine_routes(engine) as seen:
+            engine.logits(random_ids(30))
         assert routers is not None
         assert len(seen) == len(routers)
         with torch.inference_mode():
-            for layer, (hidden, index) in seen.items():
+            for layer, [(hidden, index)] in seen.items():
                 assert torch.equal(routers[layer](hidden).sort(-1).values, index.sort(-1).values)
 
 
