@@ -17,6 +17,7 @@ from moeflow.artifact.facts import STATE_TOKENS, ModelConfig
 
 STATEFUL = {"jamba", "lfm2_moe"}
 SLIDING = {"gpt_oss", "dots1"}
+SPARSE = {"deepseek_v32", "glm_moe_dsa"}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -34,12 +35,16 @@ def test_the_cache_holds_as_much_as_is_planned(
 
 @pytest.mark.parametrize("name", UNLISTED)
 def test_unlisted_families_hold_no_more_than_is_planned(tmp_path: Path, name: str) -> None:
+    import transformers
     from oracle import checkpoint_model
+    from packaging.version import Version
 
     try:
         checkpoint = tiny_unlisted(tmp_path, name)
     except ValueError:
         pytest.skip("newer than this transformers")
+    if name in SPARSE and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("5.17 keeps whole keys and values, 5.23 latent ones")
     planned = Checkpoint.open(checkpoint).kv_values_per_token
     assert _held(checkpoint_model(checkpoint)) <= planned * STATE_TOKENS
 
