@@ -1,9 +1,10 @@
 """Compares an engine with transformers' model, where two experts may score alike.
 
-Engine and reference round differently, so that now and then (about one prompt of 40 tokens in 4,000) a router chooses
-another of two experts whose scores differ by less than rounding, and logits differ by 0.1. Routes are
-therefore compared too: where they part although the router saw the same numbers, that token and those after it are
-left out; where they part and it did not, or logits differ without that, something is wrong.
+Engine and reference round differently, so that a router may choose another of two experts whose scores differ by less
+than rounding, and logits then differ by 0.1. In 5,000 prompts of 40 tokens the closest scores were 2e-6 apart, which
+is near the rounding. Routes are therefore compared too: where they part although the router saw the same numbers,
+that token and those after it are left out; where they part and it did not, or logits differ without that, something
+is wrong.
 """
 
 from __future__ import annotations
