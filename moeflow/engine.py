@@ -124,6 +124,9 @@ class Engine:
     @property
     def note(self) -> str | None:
         """What runs slower than planned, and why."""
+        guessing = self.plan.strategy == "full" and self.plan.prefetch.depth > 0
+        if guessing and not self.guessing:
+            return "prefetch is off: this family's router cannot be applied to another layer's hidden states"
         return self.fallback or self._store.refused
 
     @property
@@ -146,6 +149,11 @@ class Engine:
     def vocabulary(self) -> int:
         """How many token ids there are."""
         return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def guessing(self) -> bool:
+        """Whether experts of coming layers are guessed; not every family's router can be applied out of turn."""
+        return self._execution.runner.predictor is not None
 
     @property
     def tokenizer(self) -> Any:

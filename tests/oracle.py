@@ -31,7 +31,8 @@ def dequantized_model(directory: Path, dtype: torch.dtype = torch.float32) -> An
     manifest = Artifact.open(directory).manifest
     config = AutoConfig.from_pretrained(directory)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
-    state = {**_resident(directory, manifest, dtype), **_experts(directory, manifest, dtype)}
+    transposed = getattr(model.get_submodule(manifest.layers[0].module), "is_transposed", False)
+    state = {**_resident(directory, manifest, dtype), **_experts(directory, manifest, dtype, transposed)}
     result = model.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}  # tied
@@ -46,13 +47,16 @@ def _resident(directory: Path, manifest: Manifest, dtype: torch.dtype) -> dict[s
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
-def _experts(directory: Path, manifest: Manifest, dtype: torch.dtype) -> dict[str, Tensor]:
+def _experts(directory: Path, manifest: Manifest, dtype: torch.dtype, transposed: bool) -> dict[str, Tensor]:
     state = {}
     for i, layer in enumerate(manifest.layers):
         blobs = list(load_file(directory / layer.shard).values())
         for matrix in manifest.layout_of(i).matrices:
-            stacked = [dequantize(matrix, parts_of(matrix, blob), dtype) for blob in blobs]
-            state[f"{layer.module}.{matrix.name}_proj"] = torch.stack(stacked)
+            parts = [parts_of(matrix, blob) for blob in blobs]
+            stacked = torch.stack([dequantize(matrix, p, dtype) for p in parts])
+            state[f"{layer.module}.{matrix.name}_proj"] = stacked.transpose(1, 2) if transposed else stacked
+            if matrix.bias:
+                state[f"{layer.module}.{matrix.name}_proj_bias"] = torch.stack([p["bias"].to(dtype) for p in parts])
     return state
 
 

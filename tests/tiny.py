@@ -7,12 +7,21 @@ Mixtral. Sizes are multiples of 64, so that the default group size fits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from tiny_families import CONFIGS, GENERIC, HIDDEN
 
-__all__ = ["FAMILIES", "tiny_mixtral", "tiny_olmoe", "tiny_qwen2_moe", "tiny_qwen3_moe", "tiny_checkpoint"]
+__all__ = [
+    "FAMILIES",
+    "tiny_mixtral",
+    "tiny_olmoe",
+    "tiny_qwen2_moe",
+    "tiny_qwen3_moe",
+    "tiny_checkpoint",
+    "tiny_unlisted",
+]
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -43,11 +52,21 @@ def _save(directory: Path, config: object, seed: int, dtype: torch.dtype, max_sh
 
     with _quiet():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config)
+        _randomize(model)
+        model.to(dtype)
         model.save_pretrained(directory, max_shard_size=max_shard_size)
     _save_tokenizer(directory)
     (directory / "LICENSE").write_text("Do what you like.\n")
     return directory
+
+
+def _randomize(model: torch.nn.Module) -> None:
+    """Norms of ones, biases of zeros and the like would hide a tensor that is missing or misplaced."""
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point() and bool((tensor == tensor.flatten()[0]).all()):
+                tensor += 0.2 * torch.randn_like(tensor)
 
 
 def _save_tokenizer(directory: Path) -> None:
@@ -177,7 +196,42 @@ def tiny_qwen2_moe(
     return _save(directory, config, seed, dtype, max_shard_size)
 
 
+def _tiny_family(name: str) -> Callable[..., Path]:
+    def build(
+        directory: Path,
+        layers: int = 3,
+        seed: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        max_shard_size: str = "5GB",
+        **changes: object,
+    ) -> Path:
+        import transformers
+
+        kind, settings = CONFIGS[name]
+        values = {**_common(layers, HIDDEN), **settings, **changes}
+        for other in ("moe_k", "moe_topk"):  # the family's own name for the same number
+            if other in settings:
+                del values["num_experts_per_tok"]
+        return _save(directory, getattr(transformers, kind)(**values), seed, dtype, max_shard_size)
+
+    return build
+
+
+def tiny_unlisted(directory: Path, name: str) -> Path:
+    """A random model of a type in `UNLISTED`; raises ValueError where this transformers does not know it."""
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(name)
+    values = {key: value for key, value in {**_common(3, HIDDEN), **GENERIC}.items() if hasattr(default, key)}
+    if name == "granitemoehybrid":
+        values["layer_types"] = ["mamba", "attention", "mamba"]
+    if not hasattr(default, "kv_lora_rank"):
+        values["num_key_value_heads"] = 2
+    return _save(directory, AutoConfig.for_model(name, **values), 0, torch.bfloat16, "5GB")
+
+
 FAMILIES = {
+    **{name: _tiny_family(name) for name in CONFIGS},
     "mixtral": tiny_mixtral,
     "olmoe": tiny_olmoe,
     "qwen2_moe": tiny_qwen2_moe,

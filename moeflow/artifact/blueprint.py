@@ -41,7 +41,8 @@ class Blueprint:
         self.quantization = quantization
         shapes = dict.fromkeys((layer.hidden, layer.intermediate) for layer in checkpoint.layers)
         self._layouts: dict[tuple[int, int], BlobLayout] = {
-            shape: expert_layout(*shape, quantization.experts, checkpoint.dtype) for shape in shapes
+            shape: expert_layout(*shape, quantization.experts, checkpoint.dtype, checkpoint.family.biased)
+            for shape in shapes
         }
         self.resident: dict[str, PackedMatrix] = self._resident_matrices()
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from moeflow.artifact.families import Family, family_of
+from moeflow.artifact.facts import ModelConfig
+from moeflow.artifact.families import FAMILIES, Family
+from moeflow.artifact.layers import MoeLayer, Slice, find_layers
 from moeflow.artifact.safetensors import TensorInfo, read_header, read_tensor
 from moeflow.errors import CheckpointError
 from moeflow.files import read_document
@@ -23,7 +24,7 @@ from moeflow.files import read_document
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "MoeLayer", "resolve_model"]
+__all__ = ["Checkpoint", "resolve_model"]
 
 DEMO = "demo"
 _DTYPES: Mapping[str, Literal["float32", "bfloat16", "float16"]] = {
@@ -64,18 +65,6 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{model}: the hub refuses it: {str(error).splitlines()[0]}") from error
 
 
-@dataclass(frozen=True)
-class MoeLayer:
-    """The experts of one MoE layer: tensor names by expert and role."""
-
-    index: int
-    """Of the decoder layer in the model; dense layers count too."""
-    experts: tuple[Mapping[str, str], ...]
-    """Per expert: gate, up, down -> tensor name on disk."""
-    hidden: int
-    intermediate: int
-
-
 class Checkpoint:
     """A checkpoint directory, opened: config, family, tensor headers; tensors on demand."""
 
@@ -83,7 +72,7 @@ class Checkpoint:
         self.directory = directory
         self.config = config
         self.tensors = tensors
-        self.family: Family = family_of(config, str(directory / "config.json"))
+        self.facts = ModelConfig(config, directory / "config.json")
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -102,7 +91,27 @@ class Checkpoint:
         tensors = {name: info for file in files for name, info in read_header(file, CheckpointError).tensors.items()}
         checkpoint = cls(directory, config, tensors)
         _check_complete(checkpoint)
+        _ = checkpoint.family
         return checkpoint
+
+    @cached_property
+    def family(self) -> Family:
+        """Names on disk: declared, or read off transformers' model, which needs torch and takes some seconds.
+
+        Raises:
+            CheckpointError: the model type is not declared, and transformers' model of it does not fit either.
+        """
+        declared = FAMILIES.get(str(self.config.get("model_type", "")))
+        if declared and any(declared.expert_tensor(name) for name in self.tensors):
+            return declared
+        from moeflow.artifact.discovery import discover
+
+        try:
+            return discover(self.directory, list(self.tensors))
+        except CheckpointError:
+            if declared:  # what is missing is said in its names
+                return declared
+            raise
 
     @cached_property
     def layers(self) -> tuple[MoeLayer, ...]:
@@ -111,56 +120,31 @@ class Checkpoint:
         Raises:
             CheckpointError: an expert lacks a matrix, or experts of one layer differ in shape.
         """
-        found: dict[int, dict[int, dict[str, str]]] = {}
-        for name in self.tensors:
-            if tensor := self.family.expert_tensor(name):
-                found.setdefault(tensor.layer, {}).setdefault(tensor.expert, {})[tensor.role] = name
-        if not found:
-            raise CheckpointError(
-                f"{self.directory}: no experts found; a {self.family.model_type} names them {self.family.experts}"
-            )
-        for index in range(self.number("num_hidden_layers")):
-            if index not in found and f"{self.family.router.format(layer=index)}.weight" in self.resident:
+        facts = self.facts
+        found = find_layers(self.tensors, self.family, facts.layers, facts.experts, self.directory)
+        for index in set(range(facts.layers)) - {layer.index for layer in found}:
+            router = f"{self.family.router.format(layer=index)}."
+            if self.family.router and any(name.startswith(router) for name in self.resident):
                 raise CheckpointError(
                     f"{self.directory}: layer {index} has a router and no experts; the download may be incomplete"
                 )
-        return tuple(self._layer(index, found[index]) for index in sorted(found))
-
-    def _layer(self, index: int, experts: dict[int, dict[str, str]]) -> MoeLayer:
-        count = max(max(experts) + 1, self._expert_count)
-        for expert in range(count):
-            missing = {"gate", "up", "down"} - set(experts.get(expert, {}))
-            if missing:
-                raise CheckpointError(
-                    f"{self.directory}: layer {index}, expert {expert} lacks {', '.join(sorted(missing))}; "
-                    "the download may be incomplete"
-                )
-        intermediate, hidden = self.tensors[experts[0]["gate"]].shape
-        expected = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
-        for expert in range(count):
-            for role, name in experts[expert].items():
-                if self.tensors[name].dtype != self.tensors[experts[0]["gate"]].dtype:
-                    raise CheckpointError(
-                        f"{self.directory}: {name} is stored as {self.tensors[name].dtype}, "
-                        f"the layer's first expert as {self.tensors[experts[0]['gate']].dtype}"
-                    )
-                if self.tensors[name].shape != expected[role]:
-                    raise CheckpointError(
-                        f"{self.directory}: {name} has shape {list(self.tensors[name].shape)}, "
-                        f"the layer's first expert {list(expected[role])}"
-                    )
-        return MoeLayer(index, tuple(experts[e] for e in range(count)), hidden, intermediate)
+        return found
 
     @cached_property
     def resident(self) -> dict[str, str]:
         """Parameter name in transformers' model -> tensor name on disk, for all that is not an expert."""
-        names = (n for n in self.tensors if not self.family.expert_tensor(n))
+        names = (n for n in self.used if not self.family.expert_tensor(n))
         return {self.family.resident_name(n): n for n in sorted(names)}
+
+    @cached_property
+    def used(self) -> tuple[str, ...]:
+        """Tensors that transformers' model has a place for."""
+        return tuple(n for n in self.tensors if not self.family.is_unused(n, self.facts.layers))
 
     @cached_property
     def dtype(self) -> Literal["float32", "bfloat16", "float16"]:
         """The experts' dtype, which the whole checkpoint is taken to have."""
-        name = self.layers[0].experts[0]["gate"]
+        name = self.layers[0].experts[0]["down"].tensor
         stored = self.tensors[name].dtype
         if stored not in _DTYPES:
             raise CheckpointError(f"{self.directory}: {name} is stored as {stored}; supported: {', '.join(_DTYPES)}")
@@ -169,42 +153,22 @@ class Checkpoint:
     @property
     def top_k(self) -> int:
         """Experts that the router chooses per token."""
-        return self.number("num_experts_per_tok")
+        return self.facts.top_k
 
     @property
     def kv_values_per_token(self) -> int:
         """Keys and values that one token adds to the cache, over all layers."""
-        query_heads = self.number("num_attention_heads")
-        heads = self.config.get("num_key_value_heads") or query_heads
-        head_dim = self.config.get("head_dim") or self.number("hidden_size") // query_heads
-        return int(2 * self.number("num_hidden_layers") * heads * head_dim)
-
-    @property
-    def _expert_count(self) -> int:
-        """Experts per layer by the config, under the names that families use; 0 if it has none of them."""
-        names = ("num_local_experts", "num_experts", "n_routed_experts")
-        return next((self.number(name) for name in names if self.config.get(name)), 0)
-
-    def number(self, key: str) -> int:
-        """A whole number of the config.
-
-        Raises:
-            CheckpointError: it is not there.
-        """
-        value = self.config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise CheckpointError(f"{self.directory / 'config.json'}: {key} is {value!r}, a whole number is needed")
-        return value
+        return self.facts.kv_values_per_token
 
     @property
     def max_context(self) -> int:
         """Positions that the model was made for."""
-        return int(self.config.get("max_position_embeddings", 1 << 20))
+        return self.facts.max_context
 
     def parameters(self, experts_only: bool = False) -> int:
-        """Count of numbers in the checkpoint, or in its experts."""
-        chosen = (t for n, t in self.tensors.items() if not experts_only or self.family.expert_tensor(n))
-        return sum(prod(t.shape) for t in chosen)
+        """Count of numbers in the model, or in its experts."""
+        chosen = (n for n in self.used if not experts_only or self.family.expert_tensor(n))
+        return sum(prod(self.tensors[n].shape) for n in chosen)
 
     def digest(self) -> str:
         """SHA-256 over the config and every tensor's name, dtype and shape: the same on every machine."""
@@ -220,6 +184,11 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in host memory, as stored."""
         return read_tensor(self.tensors[name])
+
+    def read_slice(self, part: Slice) -> torch.Tensor:
+        """One array of one expert, in host memory: a matrix `[outputs, inputs]`, or a bias `[outputs]`."""
+        tensor = read_tensor(self.tensors[part.tensor], part.expert)
+        return tensor.T.contiguous() if part.transposed else tensor
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -41,12 +41,12 @@ def encode(
         weights: each [N_i, K], on the device that shall quantize.
         quantizer: the backend of `matrix.scheme`.
         blob: uint8, in host memory.
-        biases: each [N_i], as many as weights, where the matrix has a bias; they are stored in float32.
+        biases: together [N], where the matrix has a bias; they are stored in float32.
 
     Returns:
         Sums of squares of the error and of the weights, for a relative error over many matrices.
     """
-    assert len(biases) == (len(weights) if matrix.bias else 0), "a biased matrix takes a bias with each weight"
+    assert bool(biases) == matrix.bias, "a biased matrix takes biases, and no other"
     arrays = _arrays(matrix, [quantizer.quantize(weight) for weight in weights])
     if biases:
         arrays["bias"] = torch.cat(list(biases)).float()

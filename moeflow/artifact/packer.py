@@ -89,9 +89,8 @@ class Packer:
         layers, blueprint = self.checkpoint.layers, self.blueprint
         units = []
         for i, layer in enumerate(layers):
-            names = [name for expert in layer.experts for name in expert.values()]
             layout = blueprint.layout(i)
-            key = self._key(names, layout.model_dump(mode="json"), self.quantization.experts)
+            key = self._key(layer.tensors, layout.model_dump(mode="json"), self.quantization.experts)
             nbytes = layout.nbytes * len(layer.experts)
             units.append(_Unit(blueprint.shard(i), f"layer {i + 1} of {len(layers)}", key, nbytes, i))
         names = list(self.checkpoint.resident.values())

@@ -73,7 +73,9 @@ class RandomArtifact(Artifact):
             else:
                 part.normal_(0.0, 0.02, generator=self._random)
 
-    def resident(self, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def resident(
+        self, device: torch.device, dtypes: Mapping[str, torch.dtype]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Random tensors for all that is always on the device: parameters, and packed matrices' blobs by name."""
         packed = {}
         for matrix in self.manifest.resident:
@@ -85,6 +87,6 @@ class RandomArtifact(Artifact):
         for name, stored in self._checkpoint.resident.items():
             if name in packed:
                 continue
-            tensor = torch.empty(self._checkpoint.tensors[stored].shape, dtype=dtype, device=device)
+            tensor = torch.empty(self._checkpoint.tensors[stored].shape, dtype=dtypes[name], device=device)
             dense[name] = tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(0.0, 0.02, generator=random)
         return dense, packed

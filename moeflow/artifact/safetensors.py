@@ -89,13 +89,13 @@ def _info(file: Path, name: str, entry: dict[str, Any], start: int) -> TensorInf
     return TensorInfo(file, name, str(entry["dtype"]), tuple(entry["shape"]), start + begin, end - begin)
 
 
-def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """Load one tensor into host memory."""
+def read_tensor(info: TensorInfo, index: int | None = None) -> torch.Tensor:
+    """Load one tensor into host memory, or what is at `index` of its first dimension."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with storage_errors(info.file, "read"), safe_open(info.file, framework="pt") as reader:
-            tensor: torch.Tensor = reader.get_tensor(info.name)
+            tensor: torch.Tensor = reader.get_tensor(info.name) if index is None else reader.get_slice(info.name)[index]
     except SafetensorError as error:
         raise CheckpointError(f"{info.file}: {info.name} cannot be read: {error}; fetch this file again") from error
     return tensor

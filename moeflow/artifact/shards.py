@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.artifact.checkpoint import Checkpoint, MoeLayer
+from moeflow.artifact.checkpoint import Checkpoint
+from moeflow.artifact.layers import MoeLayer, Slice
 from moeflow.artifact.matrix import encode, parts_of
 from moeflow.artifact.safetensors import ShardWriter, shard_writer
 from moeflow.errors import CheckpointError
@@ -24,7 +25,6 @@ from moeflow.schema import BlobLayout, PackedMatrix, Shard
 __all__ = ["Written", "write_experts", "write_resident"]
 
 _STORED = {"uint8": "U8", "int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-_ROLES = {"gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,12 @@ def write_experts(
     blob = torch.zeros(layout.nbytes, dtype=torch.uint8)  # reused; the padding between parts stays zero
     error = _Error()
     with shard_writer(path, entries) as writer:
-        for names in layer.experts:
+        for parts in layer.experts:
             for matrix in layout.matrices:
-                weights = [_read(checkpoint, names[role], device) for role in _ROLES[matrix.name]]
-                error.add(encode(matrix, weights, quantizers[matrix.name], blob))
+                roles = [matrix.name] if matrix.name in parts else ["gate", "up"]
+                weights = [_read_slice(checkpoint, parts[role], device) for role in roles]
+                biases = [_read_slice(checkpoint, parts[f"{matrix.name}_bias"], device)] if matrix.bias else []
+                error.add(encode(matrix, weights, quantizers[matrix.name], blob, biases))
             writer.write(blob.numpy().data)
             advance(layout.nbytes)
     return _written(writer, error)
@@ -100,7 +102,15 @@ def write_resident(
 
 def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
     """A tensor of the checkpoint, on `device`; one NaN would spoil a group of weights and every sum after it."""
-    tensor = checkpoint.read(name).to(device)
+    return _finite(checkpoint, name, checkpoint.read(name).to(device))
+
+
+def _read_slice(checkpoint: Checkpoint, part: Slice, device: torch.device) -> Tensor:
+    """One array of an expert, on `device`."""
+    return _finite(checkpoint, part.tensor, checkpoint.read_slice(part).to(device))
+
+
+def _finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{checkpoint.tensors[name].file}: {name} holds NaN or infinity; fetch this file again")
     return tensor

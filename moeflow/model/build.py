@@ -6,13 +6,13 @@ parameters are then assigned from the artifact, and packed matrices take the pla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeflow.artifact.families import family_of
 from moeflow.artifact.matrix import segment_view
 from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.artifact.reader import Artifact
@@ -20,6 +20,7 @@ from moeflow.errors import ArtifactError
 from moeflow.model.device_experts import DeviceRunner
 from moeflow.model.experts import IMPLEMENTATION, ExpertRunner, offloaded_experts
 from moeflow.model.linear import PackedLinear
+from moeflow.model.routers import find_routers
 from moeflow.offload.predictor import NextGate
 from moeflow.schema import Plan
 
@@ -43,32 +44,27 @@ def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner | DeviceRun
             delattr(experts, name)
         experts.moeflow = (runner, position)
     _assign_resident(model, artifact, dtype, device)
-    model.to(device)
+    model.to(device).eval().requires_grad_(False)
     if plan.prefetch.depth and plan.strategy == "full":
-        family = family_of({"model_type": artifact.manifest.model.type}, str(artifact.directory))
-        routers = [
-            _scores(model.get_submodule(layer.router), family.router_scores) for layer in artifact.manifest.layers
-        ]
-        runner.predictor = NextGate(routers, plan.prefetch.depth, plan.prefetch.experts)
-    return model.eval().requires_grad_(False)
-
-
-def _scores(router: nn.Module, result: int) -> Callable[[Tensor], Tensor]:
-    """A router's scores [T, E], whatever else it returns."""
-    return lambda hidden_states: router(hidden_states)[result]
+        routers = find_routers(model, artifact.manifest.layers, plan.prefetch.experts, dtype)
+        runner.predictor = NextGate(routers, plan.prefetch.depth) if routers else None
+    return model
 
 
 def _assign_resident(model: Any, artifact: Artifact, dtype: torch.dtype, device: torch.device) -> None:
     manifest = artifact.manifest
     read = artifact.resident if isinstance(artifact, RandomArtifact) else lambda d, t: _stored(artifact, d, t)
-    dense, packed = read(device, dtype)
+    buffers = {name for name, _ in model.named_buffers()}  # real from the start: without a tensor silently zero
+    dense, packed = read(device, _dtypes(model, dtype))
     for matrix in manifest.resident:
         name = matrix.name.removesuffix(".weight")
         bias = dense.pop(f"{name}.bias", None)
         model.set_submodule(name, PackedLinear(matrix, packed[matrix.name], bias, dtype))
-    unexpected = model.load_state_dict(dense, strict=False, assign=True).unexpected_keys
+    result = model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    missing += [name for name in result.missing_keys if name in buffers]
+    unexpected = result.unexpected_keys
     if missing or unexpected:
         raise ArtifactError(
             f"{artifact.directory / manifest.resident_shard}: does not fit transformers' {manifest.model.type}: "
@@ -77,7 +73,7 @@ def _assign_resident(model: Any, artifact: Artifact, dtype: torch.dtype, device:
 
 
 def _stored(
-    artifact: Artifact, device: torch.device, dtype: torch.dtype
+    artifact: Artifact, device: torch.device, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters, and the blobs of packed matrices, from the artifact's resident shard."""
     from safetensors import safe_open
@@ -87,10 +83,23 @@ def _stored(
     parts = {f"{m.name}.{s.part}" for m in manifest.resident for s in m.segments}
     packed = {}
     with safe_open(artifact.directory / manifest.resident_shard, framework="pt") as reader:
-        dense = {n: reader.get_tensor(n).to(device, dtype) for n in reader.keys() if n not in parts}  # noqa: SIM118
+        names = [n for n in reader.keys() if n not in parts]  # noqa: SIM118
+        dense = {n: reader.get_tensor(n).to(device, dtypes.get(n)) for n in names}
         for matrix in manifest.resident:
             blob = torch.zeros(max(s.offset + s.nbytes for s in matrix.segments), dtype=torch.uint8)
             for segment in matrix.segments:
                 segment_view(blob, segment).copy_(reader.get_tensor(f"{matrix.name}.{segment.part}"))
             packed[matrix.name] = blob.to(device)
     return dense, packed
+
+
+def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of every parameter and buffer: what the model asks for, as transformers' own loading does.
+
+    Routers choose by small differences, so families keep their correction biases in 32 bits.
+    """
+    wide = [*(model._keep_in_fp32_modules_strict or ())] if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        wide += [*(model._keep_in_fp32_modules or ())]
+    pattern = re.compile("|".join(wide) or r"(?!)")
+    return {n: torch.float32 if pattern.search(n) else t.dtype for n, t in model.state_dict().items()}

@@ -9,6 +9,7 @@ differs, because the kernels multiply packed weights where the host multiplies w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -74,10 +75,19 @@ class HostExecution:
     def forward(self, ids: Sequence[int], kv: KvCache, last: int) -> Tensor:
         """Logits of the last `last` tokens."""
         inputs = torch.tensor([list(ids)], device=self._device)
-        output = self._model(input_ids=inputs, past_key_values=kv.cache, use_cache=True, logits_to_keep=last)
-        kv.length += len(ids)
-        logits: Tensor = output.logits[0]
-        return logits
+        rows = []
+        for piece in inputs.split(1, dim=1) if self._stepwise and kv.length else [inputs]:
+            output = self._model(input_ids=piece, past_key_values=kv.cache, use_cache=True, logits_to_keep=last)
+            kv.length += piece.shape[1]
+            rows.append(output.logits[0])
+        return rows[0] if len(rows) == 1 else torch.cat(rows)[-last:]
+
+    @cached_property
+    def _stepwise(self) -> bool:
+        """Whether tokens that follow others go one by one: transformers' Mamba scans of several start from nothing."""
+        config = self._model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+        return not {"mamba", "mamba2", "linear_attention", "recurrent"}.isdisjoint(kinds)
 
 
 class DeviceExecution:

@@ -141,8 +141,13 @@ class ExpertRunner:
 
     def _expert(self, module: Any, layout: BlobLayout, blob: Tensor, x: Tensor) -> Tensor:
         """One expert on its tokens x [t, H]."""
-        gate_up, down = (self._weights(m, blob) for m in layout.matrices)
-        return functional.linear(module._apply_gate(functional.linear(x, gate_up)), down)
+        (gate_up, gate_up_bias), (down, down_bias) = (self._matrix(m, blob) for m in layout.matrices)
+        return functional.linear(module._apply_gate(functional.linear(x, gate_up, gate_up_bias)), down, down_bias)
+
+    def _matrix(self, matrix: PackedMatrix, blob: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias."""
+        bias = parts_of(matrix, blob)["bias"].to(self.dtype) if matrix.bias else None
+        return self._weights(matrix, blob), bias
 
     def _weights(self, matrix: PackedMatrix, blob: Tensor) -> Tensor:
         if self._launcher is not None:
@@ -163,7 +168,9 @@ class _Groups:
         self.experts = sorted(places)
         self._places = places
         self._ranges: dict[int, slice] = {}
-        if len(chosen) == top_k:  # one token: slices need no index on the device, whose transfer would stall decoding
+        # one token: slices need no index on the device, whose transfer would stall decoding; but a router that goes by
+        # a table (DeepSeek-V4) may name an expert twice
+        if len(chosen) == top_k == len(places):
             return
         end = 0
         for expert in self.experts:

@@ -46,7 +46,10 @@ class GrowingKv:
     def crop(self, length: int) -> bool:
         """Forget all tokens from `length` on."""
         if length < self.length:
-            self.cache.crop(length - self.length)  # negative: that many are removed, in all versions
+            try:
+                self.cache.crop(length - self.length)  # negative: that many are removed, in all versions
+            except RuntimeError:  # what a sliding window or a Mamba state has forgotten cannot be restored
+                return False
             self.length = length
         return True
 

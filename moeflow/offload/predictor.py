@@ -13,18 +13,17 @@ from torch import Tensor
 __all__ = ["NextGate", "Router"]
 
 Router = Callable[[Tensor], Tensor]
-"""Hidden states [T, H] -> scores [T, E]; higher is likelier."""
+"""Hidden states [T, H] -> expert ids [T, n], likeliest first."""
 
 
 class NextGate:
     """Guesses layers `1..depth` ahead by their own routers."""
 
-    def __init__(self, routers: Sequence[Router], depth: int, experts: int):
+    def __init__(self, routers: Sequence[Router], depth: int):
         self._routers = routers
         self.depth = depth
-        self.experts = experts
 
     def guess(self, layer: int, hidden_states: Tensor) -> list[Tensor]:
         """Expert ids [T, n], likeliest first, for the layers after `layer`, nearest first."""
         coming = range(layer + 1, min(layer + self.depth, len(self._routers) - 1) + 1)
-        return [self._routers[i](hidden_states).topk(self.experts, dim=-1).indices for i in coming]
+        return [self._routers[i](hidden_states) for i in coming]

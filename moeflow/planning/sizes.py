@@ -73,7 +73,8 @@ class ModelSizes:
         """
         layers = []
         for layer in checkpoint.layers:
-            layout = expert_layout(layer.hidden, layer.intermediate, quantization.experts, checkpoint.dtype)
+            biased = checkpoint.family.biased
+            layout = expert_layout(layer.hidden, layer.intermediate, quantization.experts, checkpoint.dtype, biased)
             largest = max(m.rows * m.columns for m in layout.matrices)
             layers.append(LayerSize(len(layer.experts), layout.nbytes, largest))
         packed = dense = 0

@@ -108,7 +108,7 @@ def test_a_narrow_bias_is_stored_in_float32() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_bias_without_a_place_or_a_place_without_one_is_no_accident(bias: bool) -> None:
     matrix = packed_matrix("m", 4, 64, HqqScheme(), "bfloat16", bias=bias)
-    with pytest.raises(AssertionError, match="a bias with each weight"):
+    with pytest.raises(AssertionError, match="a biased matrix takes biases"):
         encode(matrix, _weights((4, 64)), quantizer_for(HqqScheme()), _blob(matrix), [] if bias else _weights((4,)))
 
 

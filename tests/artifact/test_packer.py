@@ -197,7 +197,7 @@ def test_every_blob_holds_its_expert_and_the_error_is_the_true_one(
             for matrix, roles in zip(layout.matrices, (("gate", "up"), ("down",)), strict=True):
                 places = {s.part: (start + s.offset, start + s.offset + s.nbytes) for s in matrix.segments}
                 restored = _restored(matrix, lambda part, raw=raw, places=places: raw[slice(*places[part])])
-                weights = [tensors[names[role]] for role in roles]
+                weights = [tensors[names[role].tensor] for role in roles]
                 np.testing.assert_array_equal(restored, _expected(weights, matrix.scheme))
                 sums += _squares(restored, torch.cat(weights))
         assert entry.relative_error == pytest.approx(math.sqrt(sums[0] / sums[1]), abs=1.5e-6)
@@ -284,7 +284,7 @@ def test_unquantized_weights_stay_bit_for_bit(
     raw = (tmp_path / manifest.layers[1].shard).read_bytes()
     down = manifest.layout_of(1).matrices[1].segments[0]
     start = manifest.layers[1].data_offset + manifest.layout_of(1).nbytes + down.offset
-    assert raw[start : start + down.nbytes] == tensors[names["down"]].view(torch.uint8).numpy().tobytes()
+    assert raw[start : start + down.nbytes] == tensors[names["down"].tensor].view(torch.uint8).numpy().tobytes()
     assert {layer.relative_error for layer in manifest.layers} == {0.0}
 
 
