@@ -186,8 +186,10 @@ def test_falls_back_and_says_why(tiny_artifact: Path) -> None:
         assert engine.generate("abc", max_new_tokens=4, temperature=0).ids
 
     class Broken(emulator.EmulatedLauncher):  # type: ignore[name-defined, misc]
-        def kernel(self, *_: object) -> object:
-            raise DeviceError("gemv.cu: CUDA says CUDA_ERROR_NO_BINARY_FOR_GPU")
+        def kernel(self, source: str, *rest: object) -> object:
+            if source == "gemv.cu":
+                raise DeviceError("gemv.cu: CUDA says CUDA_ERROR_NO_BINARY_FOR_GPU")
+            return super().kernel(source, *rest)
 
     with Engine(opened, plan, launcher=Broken()) as engine, pytest.raises(DeviceError, match="NO_BINARY"):
         engine.generate("abc", max_new_tokens=4, temperature=0)

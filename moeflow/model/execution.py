@@ -19,6 +19,7 @@ from moeflow.errors import DeviceError
 from moeflow.kernels.launcher import Launcher
 from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
+from moeflow.model.fused import fuse
 from moeflow.model.kv import GrowingKv, KvCache, StaticKv, make_static
 from moeflow.model.linear import use_kernels
 from moeflow.model.step import DecodeStep
@@ -138,7 +139,8 @@ class DeviceExecution:
         use_kernels(model, self._launcher)
         self._model = model
         self._kv = make_static(self._model.config, self._plan.context_length, self._device)
-        self._step = DecodeStep(model, self._kv, self._device)
+        self.fused = fuse(model, self._launcher, self._kv)
+        self._step = DecodeStep(model, self._kv, self._device, self.fused.active)
         if self._device.type == "cuda":
             self._step.capture()
         self.runner.reset()

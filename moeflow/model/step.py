@@ -7,6 +7,8 @@ same pass runs as it is, so that it can be tested anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,9 +22,17 @@ WARM_UPS = 2  # passes before capture: the first compiles kernels and allocates,
 class DecodeStep:
     """Decoding of one sequence with a static cache."""
 
-    def __init__(self, model: Any, cache: Any, device: torch.device):
+    def __init__(
+        self,
+        model: Any,
+        cache: Any,
+        device: torch.device,
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        """`inside` surrounds every pass of the model."""
         self._model = model
         self._cache = cache
+        self._inside = inside
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._logits: Tensor | None = None
@@ -48,9 +58,10 @@ class DecodeStep:
         self._graph = graph
 
     def _pass(self) -> Tensor:
-        output = self._model(
-            input_ids=self._token, position_ids=self._position, past_key_values=self._cache, use_cache=True
-        )
+        with self._inside():
+            output = self._model(
+                input_ids=self._token, position_ids=self._position, past_key_values=self._cache, use_cache=True
+            )
         self._position.add_(1)
         logits: Tensor = output.logits[0, -1]
         return logits

@@ -1,0 +1,36 @@
+"""The dense part's sources through NVRTC, for every architecture that moeflow serves; no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from moeflow.errors import DeviceError
+from moeflow.kernels.compiler import compile_cubin
+
+ARCHITECTURES = (75, 80, 86, 89, 90)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> None:
+    try:
+        compile_cubin("dense.cu", {"ELEMENT": 0}, 90)
+    except DeviceError as error:
+        if "missing" in str(error) or "libnvrtc" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_dense(arch: int) -> None:
+    for element, vectors, late in ((0, 2, 1), (1, 1, 1), (2, 1, 0)):
+        code = compile_cubin("dense.cu", {"ELEMENT": element, "VECTORS": vectors, "LATE": late}, arch)
+        assert all(name in code for name in (b"rms_norm", b"rotate", b"append"))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64, 8), (2, 96, 96, 1), (1, 128, 128, 4), (2, 128, 128, 8), (2, 192, 128, 8), (0, 256, 256, 4)]
+)
+def test_attention(arch: int, shape: tuple[int, int, int, int]) -> None:
+    defines = dict(zip(("ELEMENT", "WIDTH", "VALUES", "ROWS"), shape, strict=True))
+    assert b"attend" in compile_cubin("attention.cu", defines, arch)
