@@ -10,6 +10,7 @@ import torch
 from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
 
 import moeflow
+from moeflow.artifact.families import FAMILIES
 from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
 from moeflow.errors import DeviceError
@@ -77,7 +78,7 @@ def test_logits_are_those_of_the_dequantized_weights(
         assert_near(engine.logits(ids), reference)  # prefill: whole layers, unpacked by the kernel
 
 
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"jamba", "lfm2_moe"}))
 def test_families_unquantized(
     checkpoint_factory: Callable[..., Path], packed: Callable[..., Path], family: str
 ) -> None:
@@ -85,6 +86,16 @@ def test_families_unquantized(
     ids = random_ids(16)
     with load(packed(checkpoint, NONE), experts_per_layer=3) as engine:
         assert_near(engine.logits(ids, chunk=1), logits_of(checkpoint_model(checkpoint), ids), 2e-5)
+
+
+def test_a_state_that_a_graph_cannot_replay_is_the_hosts(
+    checkpoint_factory: Callable[..., Path], packed: Callable[..., Path]
+) -> None:
+    opened = Artifact.open(packed(checkpoint_factory("lfm2_moe"), NONE))
+    plan = _plan_for(opened, {"execution": "device", "context_length": 128})
+    with Engine(opened, plan, launcher=emulator.EmulatedLauncher()) as engine:
+        assert engine.execution == "host-driven"
+        assert engine.fallback is not None and "whose state a CUDA graph cannot replay" in engine.fallback
 
 
 def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:

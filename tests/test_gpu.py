@@ -1,4 +1,4 @@
-"""The same proofs on a CUDA device: `pytest -m gpu`. Skipped where there is none."""
+"""The host-driven path on a CUDA device: `pytest -m gpu`. The other path: test_device_gpu.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, gpu_file: Path, tiny_checkp
 
 
 def load(artifact: Path, **overrides: object) -> Engine:
-    return moeflow.load(artifact, **{"dtype": "float32", **overrides})
+    return moeflow.load(artifact, **{"dtype": "float32", "execution": "host", **overrides})
 
 
 def random_ids(count: int) -> list[int]:
@@ -96,7 +96,9 @@ def test_greedy_text_of_the_demo_model_is_the_cpus(gpu_file: Path, demo_artifact
 def test_bfloat16_greedy_text_does_not_depend_on_the_switches(gpu_file: Path, demo_artifact: Path) -> None:
     texts = set()
     for strategy in STRATEGIES:
-        with moeflow.load(demo_artifact, hardware=str(gpu_file), strategy=strategy, experts_per_layer=4) as engine:
+        with load(
+            demo_artifact, dtype="auto", hardware=str(gpu_file), strategy=strategy, experts_per_layer=4
+        ) as engine:
             assert engine.plan.dtype == "bfloat16"
             texts.add(engine.generate("The king said", max_new_tokens=64, temperature=0).text)
     assert len(texts) == 1

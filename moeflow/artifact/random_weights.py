@@ -7,7 +7,9 @@ that kernels do the work that real weights give them; the text is noise. Every e
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ class RandomArtifact(Artifact):
     """Reads like an artifact; what it reads is random."""
 
     def __init__(self, config: Mapping[str, Any], quantization: Quantization, name: str):
-        self._folder = tempfile.TemporaryDirectory(prefix="moeflow-")
-        super().__init__(Path(self._folder.name), synthetic_manifest(config, quantization, name))
+        folder = tempfile.mkdtemp(prefix="moeflow-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        super().__init__(Path(folder), synthetic_manifest(config, quantization, name))
         (self.directory / "config.json").write_text(json.dumps(dict(config)))
         self._checkpoint = synthetic_checkpoint(config, name)
         self._random = torch.Generator().manual_seed(0)

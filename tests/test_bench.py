@@ -1,0 +1,89 @@
+"""`moeflow bench` on shapes small enough for a CPU: what it counts, what it refuses, what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moeflow.artifact.random_weights import RandomArtifact
+from moeflow.bench import Settings, run_rows
+from moeflow.errors import UsageError
+from moeflow.pipeline import resolve_hardware
+from moeflow.schema import Profile
+
+CONFIG = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "vocab_size": 100, "max_position_embeddings": 256, "dtype": "bfloat16",
+}  # fmt: skip
+QUANTIZATION = {"experts": {"backend": "hqq", "bits": 2, "group_size": 64}, "attention": {"backend": "none"}}
+
+
+def settings(execution: str, **changes: object) -> Settings:
+    profile = {"model": "small", "quantization": QUANTIZATION, "context_length": 128, "execution": execution}
+    base = {"experts_per_layer": 4, "routing": "uniform", "tokens": 12, "prompt": 20, "warm_up": 6, **changes}
+    return Settings(profile=Profile.parse(profile, "test"), **base)  # type: ignore[arg-type]
+
+
+def artifact() -> RandomArtifact:
+    return RandomArtifact(
+        CONFIG, Profile.parse({"model": "m", "quantization": QUANTIZATION}, "t").quantization, "small"
+    )
+
+
+@pytest.mark.parametrize("execution", ["host", "device"])
+def test_rows_count_what_was_moved(execution: str) -> None:
+    launcher = None
+    if execution == "device":
+        emulator = pytest.importorskip("emulator.launcher")
+        if not emulator.available():
+            pytest.skip("no g++")
+        launcher = emulator.EmulatedLauncher()
+    source = artifact()
+    chosen = settings(execution, rows=("full", "no-prefetch"), all_hits=True, recall=1.0, launcher=launcher)
+    full, cached, hits = run_rows(source, resolve_hardware("cpu-2-cores"), chosen)
+    blob = source.manifest.layouts[0].nbytes
+    assert {row.execution for row in (full, cached, hits)} == {execution}
+    assert full.synthetic and full.routing == "uniform" and full.recall == 1.0 and cached.recall is None
+    assert full.tokens_per_second and full.time_to_first_token and full.read_bytes
+    # The same routes: a guess that is always right leaves only the first layer's misses waiting.
+    assert cached.hit_rate is not None and 0.2 < cached.hit_rate < 0.8
+    assert cached.missed_bytes == pytest.approx((1 - cached.hit_rate) * 6 * blob)
+    assert full.missed_bytes is not None and full.guessed_bytes is not None
+    assert full.missed_bytes < cached.missed_bytes
+    assert full.guesses == full.guesses_used
+    assert hits.hit_rate == 1.0 and hits.missed_bytes == 0
+
+
+def test_settings_that_contradict_each_other() -> None:
+    machine = resolve_hardware("cpu-2-cores")
+    with pytest.raises(UsageError, match="--recall is of forced guesses"):
+        next(run_rows(artifact(), machine, settings("host", routing="model", recall=0.5)))
+    with pytest.raises(UsageError, match="--trace FILE"):
+        next(run_rows(artifact(), machine, settings("host", routing="recorded")))
+
+
+def moe(*arguments: str) -> tuple[int, str, str]:
+    result = subprocess.run([sys.executable, "-m", "moeflow", *arguments], capture_output=True, text=True)
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_the_command_prints_a_table_and_a_line_of_json(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    picture, record = tmp_path / "bench.png", tmp_path / "bench.json"
+    code, out, _ = moe(
+        "bench", "--synthetic", str(config), "-k", "4", "-n", "8", "--prompt", "16", "--context-length", "128",
+        "--hardware", "cpu-2-cores", "--plot", str(picture), "--output", str(record),
+    )  # fmt: skip
+    assert code == 0
+    last = json.loads(out.rstrip().splitlines()[-1])
+    assert last["rows"][0]["k"] == 4 and "full algorithm" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(record.read_text())["rows"] == last["rows"]
+    code, _, err = moe("bench")
+    assert code == 2 and "--synthetic" in err

@@ -1,0 +1,137 @@
+"""The device-driven path on a CUDA device: captured graphs against transformers, the host-driven path, each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import checkpoint_model, dequantized_model, logits_of
+
+import moeflow
+from moeflow.artifact.families import FAMILIES
+from moeflow.engine import Engine
+from moeflow.probe.machine import probe
+
+pytestmark = pytest.mark.gpu
+
+# As in test_device_engine.py; products of the dense part round in another order than the CPU's.
+BOUND = 1e-3
+# Top-2 gaps, of the largest logit, below which rounding in bfloat16 may decide: 2^-8 a rounding, about ten in a row.
+GAP = 0.04
+
+
+@pytest.fixture(scope="session")
+def gpu_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu") / "gpu.yaml"
+    probe(name="gpu").save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory, gpu_file: Path) -> Callable[..., Path]:
+    made: dict[str, Path] = {}
+
+    def pack(checkpoint: Path, experts: object, attention: object = None) -> Path:
+        key = f"{checkpoint} {experts} {attention}"
+        if key not in made:
+            quantization = {"experts": experts, "attention": attention or experts}
+            profile = {"model": str(checkpoint), "quantization": quantization, "hardware": str(gpu_file)}
+            made[key] = moeflow.pack(profile, tmp_path_factory.mktemp("artifact") / "a")
+        return made[key]
+
+    return pack
+
+
+def load(artifact: Path, **overrides: object) -> Engine:
+    engine = moeflow.load(artifact, **{"dtype": "float32", "context_length": 256, **overrides})
+    assert engine.execution == "device-driven", engine.fallback
+    return engine
+
+
+def random_ids(count: int) -> list[int]:
+    seed = int(torch.randint(1 << 30, ()))
+    print(f"ids from seed {seed}")
+    return torch.randint(96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_near(found: torch.Tensor, reference: torch.Tensor, bound: float) -> None:
+    error = float((found - reference).abs().max() / reference.abs().max())
+    print(f"largest difference {error:.2e} of the largest logit")
+    assert error <= bound
+
+
+SCHEMES = [
+    *({"backend": "hqq", "bits": bits, "group_size": 64} for bits in (2, 3, 4, 8)),
+    {"backend": "hqq", "bits": 2, "group_size": 16, "metadata_bits": 8},
+    {"backend": "bitsandbytes", "format": "nf4"},
+    {"backend": "bitsandbytes", "format": "int8"},
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_logits_are_those_of_the_dequantized_weights(
+    tiny_checkpoint: Path, packed: Callable[..., Path], scheme: dict[str, object]
+) -> None:
+    ids, artifact = random_ids(40), packed(tiny_checkpoint, scheme)
+    reference = logits_of(dequantized_model(artifact), ids)
+    with load(artifact, experts_per_layer=3) as engine:
+        assert_near(engine.logits(ids, chunk=1), reference, 5e-3 if scheme.get("format") == "nf4" else BOUND)
+        assert_near(engine.logits(ids), reference, BOUND)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"jamba", "lfm2_moe"}))
+def test_families_unquantized(
+    checkpoint_factory: Callable[..., Path], packed: Callable[..., Path], family: str
+) -> None:
+    checkpoint, ids = checkpoint_factory(family), random_ids(30)
+    with load(packed(checkpoint, {"backend": "none"}), experts_per_layer=3) as engine:
+        assert_near(engine.logits(ids, chunk=1), logits_of(checkpoint_model(checkpoint), ids), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callable[..., Path], dtype: str) -> None:
+    artifact, ids = packed(tiny_checkpoint, SCHEMES[0]), random_ids(60)
+    with load(artifact, experts_per_layer=4, dtype=dtype) as engine:
+        expected = engine.logits(ids, chunk=1)
+    settings: list[dict[str, object]] = [{"experts_per_layer": k} for k in (0, 1, 3, 8)]
+    settings += [{"strategy": "no-prefetch"}, {"strategy": "no-cache"}, {"policy": "lfu", "experts_per_layer": 3}]
+    for setting in settings:
+        with load(artifact, dtype=dtype, **setting) as engine:
+            for _ in range(3):  # a race between copy and computation would not show every time
+                assert torch.equal(engine.logits(ids, chunk=1), expected), setting
+
+
+def test_the_demo_models_greedy_text(gpu_file: Path, demo_artifact: Path) -> None:
+    """128 tokens: the same under every switch; the host's, or the first difference where rounding may decide."""
+    hardware = str(gpu_file)
+    with moeflow.load(demo_artifact, hardware=hardware, execution="host") as engine:
+        host = engine.generate("In the beginning", max_new_tokens=128, temperature=0).ids
+    found = set()
+    for setting in ({"experts_per_layer": 4}, {"experts_per_layer": 1}, {"strategy": "no-prefetch"}, {"policy": "lfu"}):
+        with load(demo_artifact, dtype="auto", hardware=hardware, **setting) as engine:
+            found.add(engine.generate("In the beginning", max_new_tokens=128, temperature=0).ids)
+            prompt = engine.tokenizer("In the beginning").input_ids
+    assert len(found) == 1
+    ids = found.pop()
+    first = next((i for i, pair in enumerate(zip(ids, host, strict=False)) if pair[0] != pair[1]), None)
+    if first is not None:
+        with load(demo_artifact, hardware=hardware) as engine:
+            top = engine.logits([*prompt, *ids[:first]], chunk=1)[-1].topk(2).values
+        print(f"differs from the host's at token {first}, where the gap is {float(top[0] - top[1]):.3f}")
+        assert float(top[0] - top[1]) <= GAP * float(top[0].abs())
+
+
+def test_device_memory_is_as_planned(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:
+    artifact = packed(tiny_checkpoint, SCHEMES[2])
+    torch.cuda.synchronize()
+    with load(artifact) as engine:
+        engine.generate(random_ids(20), max_new_tokens=8, temperature=0)
+    del engine
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with load(artifact) as engine:
+        engine.generate(random_ids(20), max_new_tokens=8, temperature=0)
+    del engine
+    assert torch.cuda.memory_allocated() <= before + (8 << 20)
