@@ -27,7 +27,7 @@ PROMPTS = ("In the beginning", "The king said", "It was a fine morning, and Eliz
 
 
 def measure(artifact: Path, k: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    engines = {row: moeflow.load(artifact, strategy=row, experts_per_layer=k) for row in ROWS}
+    engines = {row: moeflow.load(artifact, execution="host", strategy=row, experts_per_layer=k) for row in ROWS}
     runs: dict[str, list[moeflow.Generation]] = {row: [] for row in ROWS}
     for number in range(rounds + 1):
         for prompt in PROMPTS:

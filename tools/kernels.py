@@ -1,0 +1,118 @@
+"""How near the kernels come to the device's limits: products at real shapes, copies from registered memory.
+
+Run on a CUDA device: `python tools/kernels.py`. Each product is timed in a CUDA graph over several copies of its
+matrices, more than the L2 cache holds, by events; the memory's and the copy engine's own rates come from the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from moeflow.artifact.layout import expert_layout
+from moeflow.kernels.gemv import Gate, Gemv, Jobs
+from moeflow.kernels.launcher import CudaLauncher, cuda_launcher
+from moeflow.offload.device import COPY_BLOCKS, COPY_THREADS, PIECE, WARPS
+from moeflow.offload.store import PORTABLE_AND_MAPPED
+from moeflow.probe.bandwidth import device_rate, link_rate
+from moeflow.schema import BitsAndBytesScheme, HqqScheme, Scheme
+
+DEVICE = torch.device("cuda")
+GIB = 1 << 30
+MODELS = {"mixtral-8x7b": (4096, 14336, 2), "qwen3-30b-a3b": (2048, 768, 8)}
+SCHEMES: tuple[Scheme, ...] = (
+    HqqScheme(bits=2),
+    HqqScheme(bits=3),
+    HqqScheme(bits=4),
+    HqqScheme(bits=8),
+    HqqScheme(bits=2, group_size=16, metadata_bits=8),
+    BitsAndBytesScheme(format="nf4"),
+    BitsAndBytesScheme(format="int8"),
+)
+
+
+def seconds(work: Callable[[], object], repeats: int = 20) -> float:
+    """Median of graph replays."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def products(launcher: CudaLauncher, bandwidth: float) -> None:
+    print(f"{'expert products':<38}{'us each':>9}{'GB/s':>8}{'of memory':>11}")
+    for model, (hidden, intermediate, top_k) in MODELS.items():
+        for scheme in SCHEMES:
+            layout = expert_layout(hidden, intermediate, scheme, "bfloat16")
+            copies = max(2, -(-(512 << 20) // (layout.nbytes * top_k)))
+            pool = torch.randint(
+                0, 60, (copies * top_k, layout.nbytes), dtype=torch.uint8, device=DEVICE
+            )  # finite halves
+            for matrix, share in zip(layout.matrices, (top_k, 1), strict=True):
+                gemv = Gemv(launcher, matrix, DEVICE)
+                x = gemv.prepare(torch.randn(top_k // share, matrix.columns, device=DEVICE))
+                order = torch.arange(copies * top_k, dtype=torch.int32, device=DEVICE).view(copies, top_k)
+                jobs = [Jobs(pool, row, top_k, share) for row in order]
+                each = seconds(lambda g=gemv, p=x, js=jobs: [g.multiply(p, j) for j in js]) / copies
+                nbytes = top_k * sum(s.nbytes for s in matrix.segments)
+                rate = nbytes / each
+                name = f"{model} {scheme.label} {matrix.name}"
+                print(f"{name:<38}{each * 1e6:>9.1f}{rate / 1e9:>8.0f}{rate / bandwidth:>11.2f}")
+            wide = torch.randn(top_k, 2 * intermediate, device=DEVICE)
+            down = Gemv(launcher, layout.matrices[1], DEVICE)
+            gated = seconds(lambda d=down, w=wide: [d.prepare(w, Gate("SILU")) for _ in range(32)]) / 32
+            print(f"{'  gate and prepare':<38}{gated * 1e6:>9.1f}")
+
+
+def copies(launcher: CudaLauncher, peak: float) -> None:
+    """The copy kernel on one blob after another, as misses are, from memory registered as the store does it."""
+    print(f"{'copies from registered memory':<38}{'us each':>9}{'GB/s':>8}{'of engine':>11}")
+    for blob in (55_050_240, 2_654_208):
+        count = max(2, (GIB // 2) // blob)
+        host = torch.empty(count * blob + PIECE, dtype=torch.uint8)
+        host = host[-host.data_ptr() % PIECE :][: count * blob].fill_(1)
+        torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, PORTABLE_AND_MAPPED)
+        pool = torch.empty(2, blob, dtype=torch.uint8, device=DEVICE)
+        jobs = torch.tensor([[i, i % 2, -1] for i in range(count)], dtype=torch.int32, device=DEVICE)
+        one = torch.ones(1, dtype=torch.int32, device=DEVICE)
+        progress = torch.zeros(1, WARPS, dtype=torch.int32, device=DEVICE)
+        counters = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        for blocks in (COPY_BLOCKS, 2 * COPY_BLOCKS, 4 * COPY_BLOCKS):
+            defines = {"GUESSES": 1, "WARPS": blocks * COPY_THREADS // 32}
+            kernel = launcher.kernel("copy.cu", "copy", defines)
+            tables = (one, progress, 0, blob // PIECE, counters)
+            launch = partial(kernel, blocks, COPY_THREADS, host, pool, blob)
+            each = seconds(lambda go=launch, rest=tables, js=jobs: [go(job, *rest) for job in js]) / count
+            rate = blob / each
+            name = f"{blob / 1e6:.1f} MB, {blocks} blocks"
+            print(f"{name:<38}{each * 1e6:>9.1f}{rate / 1e9:>8.1f}{rate / peak:>11.2f}")
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+
+
+def main() -> None:
+    launcher = cuda_launcher(DEVICE)
+    bandwidth, peak = device_rate(GIB), link_rate(GIB)
+    print(f"{torch.cuda.get_device_name()}: memory {bandwidth / 1e9:.0f} GB/s, copy engine {peak / 1e9:.1f} GB/s")
+    products(launcher, bandwidth)
+    copies(launcher, peak)
+
+
+if __name__ == "__main__":
+    main()
