@@ -1,7 +1,7 @@
 """From logits to text: sampling, stopping, streaming, and the statistics of a run.
 
-Sampling is done by transformers' own warpers on the CPU, so that a seed gives the same choice wherever the
-same logits were computed. It does not know how logits are computed.
+Sampling is done by transformers' own warpers where the logits are, so that only the chosen token is read back; a seed
+repeats a text on the same kind of device. It does not know how logits are computed.
 """
 
 from __future__ import annotations
@@ -98,11 +98,8 @@ class Sampler:
             self._warpers.append(TopKLogitsWarper(top_k))
         if top_p is not None and top_p < 1:
             self._warpers.append(TopPLogitsWarper(top_p))
-        self._random = torch.Generator()
-        if seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(seed)
+        self._seed = seed
+        self._random: torch.Generator | None = None
 
     @classmethod
     def of(
@@ -120,7 +117,13 @@ class Sampler:
         """Choose from logits [V]."""
         if self.greedy:
             return int(logits.argmax())
-        scores = self._warpers(None, logits.float().cpu().unsqueeze(0))
+        if self._random is None or self._random.device != logits.device:
+            self._random = torch.Generator(logits.device)
+            if self._seed is None:
+                self._random.seed()
+            else:
+                self._random.manual_seed(self._seed)
+        scores = self._warpers(None, logits.float().unsqueeze(0))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
 
 
