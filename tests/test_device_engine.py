@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.routes import assert_follows
 from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
 
 import moeflow
@@ -85,7 +86,7 @@ def test_families_unquantized(
     checkpoint = checkpoint_factory(family)
     ids = random_ids(16)
     with load(packed(checkpoint, NONE), experts_per_layer=3) as engine:
-        assert_near(engine.logits(ids, chunk=1), logits_of(checkpoint_model(checkpoint), ids), 2e-5)
+        assert_follows(engine, checkpoint_model(checkpoint), ids, (1,))
 
 
 def test_a_state_that_a_graph_cannot_replay_is_the_hosts(
@@ -186,6 +187,29 @@ def test_an_interrupted_step_leaves_a_sound_engine(tiny_artifact: Path, monkeypa
                 engine.logits(ids, chunk=1)
             monkeypatch.setattr(runner, name, original)
             assert torch.equal(engine.logits(ids, chunk=1), expected)
+
+
+def test_a_graph_that_forgot_to_count_is_found(tiny_artifact: Path) -> None:
+    """Replays that see the first position for ever, as a model that counts in Python would."""
+    with load(tiny_artifact) as engine, torch.inference_mode():
+        step = engine._execution._step
+
+        class Replay:
+            def __init__(self, stuck: bool):
+                self.stuck = stuck
+
+            def replay(self) -> None:
+                if self.stuck:
+                    step._cache.reset()
+                    step._position.zero_()
+                step._logits = step._pass()
+
+        step._graph = Replay(stuck=False)
+        step.check()
+        step._graph = Replay(stuck=True)
+        with pytest.raises(RuntimeError, match=r"differs from the one it was made of by .* at token 1"):
+            step.check()
+        step._graph = None
 
 
 def test_falls_back_and_says_why(tiny_artifact: Path) -> None:

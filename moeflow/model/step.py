@@ -16,6 +16,8 @@ from torch import Tensor
 
 __all__ = ["DecodeStep"]
 
+CHECKED = (1, 2, 3, 1, 4, 2)  # token ids that every vocabulary has
+TOLERANCE = 0.05  # of the largest logit; libraries may choose other kernels under capture, and bfloat16 rounds at 2^-8
 WARM_UPS = 2  # passes before capture: the first compiles kernels and allocates, the second finds all in place
 
 
@@ -56,6 +58,30 @@ class DecodeStep:
         with torch.cuda.graph(graph):
             self._logits = self._pass()
         self._graph = graph
+        self.check()
+
+    def check(self) -> None:
+        """Compare replays with the same steps run operation by operation; caches are left to be reset.
+
+        A model that counts in Python, or chooses by what it counted, is captured without complaint and wrong from the
+        second token on.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        graph, self._graph = self._graph, None
+        self._cache.reset()
+        expected = [self.run(token, i).clone() for i, token in enumerate(CHECKED)]
+        self._graph = graph
+        self._cache.reset()
+        for i, token in enumerate(CHECKED):
+            found = self.run(token, i)
+            difference = float((found - expected[i]).abs().max() / expected[i].abs().max().clamp(min=1e-6))
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f"the captured step differs from the one it was made of by {difference:.2g} of the largest logit "
+                    f"at token {i}"
+                )
 
     def _pass(self) -> Tensor:
         with self._inside():
