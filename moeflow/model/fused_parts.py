@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from moeflow.kernels import dense
 from moeflow.kernels.attention import MOST_TOKENS
+from moeflow.kernels.junction import join, join_refuses
 from moeflow.kernels.launcher import Launcher
+from moeflow.model.deferred import Deferred, Sum
+from moeflow.model.inputs import Inputs
 
 if TYPE_CHECKING:
     from moeflow.model.fused import Fused
@@ -33,6 +36,10 @@ class Scope:
     """What a replacement knows of the `Fused` that holds it: apart, so that no cycle keeps a closed engine's memory."""
 
     launcher: Launcher
+    dtype: torch.dtype
+    """Of the model's hidden states."""
+    inputs: Inputs
+    """What products share."""
     thread: int | None = None
     """Who is within `Fused.active`."""
 
@@ -84,17 +91,33 @@ def _rounding(launcher: Launcher, module: nn.Module, weight: Tensor, eps: float)
 
 
 def _norm(scope: Scope, module: Any, eps: float, late: bool) -> Callable[..., Any]:
-    original = module.forward
+    original, maker = module.forward, object()
 
     def forward(x: Tensor, *rest: Any, **options: Any) -> Any:
         if not scope.entered or rest or options:
             return original(x, *rest, **options)
-        x = x.contiguous()
-        if dense.norm_refuses(x, module.weight):
-            return original(x)
-        return dense.norm(scope.launcher, x, module.weight, eps, late)
+        recipe = x.recipe if isinstance(x, Deferred) else None
+        residual, added = (recipe.residual, recipe.added) if isinstance(recipe, Sum) else (_plain(x), None)
+        product = scope.inputs.wanted(maker)
+        if (added is None and product is None) or join_refuses(residual, added, module.weight):
+            normal = _plain(x).contiguous()
+            if dense.norm_refuses(normal, module.weight):
+                return original(normal)
+            normal = dense.norm(scope.launcher, normal, module.weight, eps, late)
+            scope.inputs.offer(normal, maker)
+            return normal
+        total = x.memory if isinstance(x, Deferred) and added is not None else None
+        joined = join(scope.launcher, residual, added, module.weight, eps, late, product, total)
+        if isinstance(x, Deferred):
+            x.done()
+        scope.inputs.offer(joined.normal, maker, product, joined.prepared)
+        return joined.normal
 
     return forward
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.finish() if isinstance(x, Deferred) else x
 
 
 def fuse_rotary(fused: Fused, model: nn.Module) -> None:
