@@ -6,12 +6,14 @@ a `Deferred`, adding it to a tensor gives another, and a norm that meets one ask
 at once. Whoever else touches a `Deferred` (any operation but those below) finds its numbers there, computed at that
 moment: forward passes need not know of it, and nothing is ever computed twice.
 
+Rotation and growth of the cache before attention are put off in the same way, and taken over by it (`kernels.attention`).
+
 A `Deferred` has its memory from the start, so views of it may be taken before it is filled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from moeflow.kernels.junction import ExpertSum
 
-__all__ = ["Deferred", "Sum"]
+__all__ = ["Appended", "Deferred", "Rotated", "Sum"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,34 @@ class Sum:
     added: Tensor | ExpertSum
 
 
+@dataclass(frozen=True)
+class Rotated:
+    """A query or key turned by its positions' angles."""
+
+    x: Tensor
+    """[1, H, T, D]"""
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Appended:
+    """A static cache's keys or values after a step's own were appended."""
+
+    key: Rotated
+    value: Tensor
+    length: Tensor
+    """That of the cache, not yet moved on."""
+
+
+Recipe = Sum | ExpertSum | Rotated | Appended
+
+
 @dataclass
 class _State:
     """What all views of one deferred tensor share."""
 
-    recipe: Sum | ExpertSum | None
+    recipe: Recipe | None
     """None once it is computed."""
     compute: Callable[[], None] | None
 
@@ -55,9 +80,15 @@ class Deferred(Tensor):
     _state: _State
 
     @classmethod
-    def of(cls, memory: Tensor, recipe: Sum | ExpertSum, compute: Callable[[], None]) -> Deferred:
+    def of(cls, memory: Tensor, recipe: Recipe, compute: Callable[[], None]) -> Deferred:
         """A tensor over `memory`, which `compute` fills as `recipe` says."""
         return cls._over(memory, _State(recipe, compute))
+
+    @classmethod
+    def together(cls, memories: Sequence[Tensor], recipe: Recipe, compute: Callable[[], None]) -> list[Deferred]:
+        """Tensors that are computed at once."""
+        state = _State(recipe, compute)
+        return [cls._over(memory, state) for memory in memories]
 
     @classmethod
     def _over(cls, memory: Tensor, state: _State) -> Deferred:
@@ -66,7 +97,7 @@ class Deferred(Tensor):
         return found
 
     @property
-    def recipe(self) -> Sum | ExpertSum | None:
+    def recipe(self) -> Recipe | None:
         """How it is to be computed; None if it has been."""
         return self._state.recipe
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from moeflow.kernels import dense
 from moeflow.kernels.attention import MOST_TOKENS
 from moeflow.kernels.junction import join, join_refuses
 from moeflow.kernels.launcher import Launcher
-from moeflow.model.deferred import Deferred, Sum
+from moeflow.model.deferred import Appended, Deferred, Rotated, Sum
 from moeflow.model.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -160,9 +161,21 @@ def _rotary(scope: Scope, home: ModuleType, shares: frozenset[int]) -> Callable[
             return original(q, k, cos, sin, *rest, **options)
         if q.shape[3] // cos.shape[2] not in shares:
             return original(q, k, cos, sin, *rest, **options)
-        return dense.rotate(scope.launcher, q, k, cos, sin)
+        return _put_off(scope, q, k, cos, sin)
 
     return rotate
+
+
+def _put_off(scope: Scope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys that are rotated by attention itself, or when somebody else looks."""
+    results = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k)]
+
+    def compute() -> None:
+        for target, found in zip(results, dense.rotate(scope.launcher, q, k, cos, sin), strict=True):
+            target.copy_(found)
+
+    states = [Deferred.of(target, Rotated(x, cos, sin), compute) for target, x in zip(results, (q, k), strict=True)]
+    return states[0], states[1]
 
 
 def fuse_cache(fused: Fused) -> None:
@@ -176,16 +189,26 @@ def fuse_cache(fused: Fused) -> None:
             fused.declined("cache layers", f"layer {number} is a {type(layer).__name__}")
 
 
+def _append(launcher: Launcher, k: Tensor, v: Tensor, target: tuple[Tensor, Tensor, Tensor]) -> None:
+    dense.append(launcher, _plain(k), v, *target)
+
+
 def _update(scope: Scope, layer: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     original = layer.update
 
     def update(k: Tensor, v: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if not scope.entered or k.shape[2] > MOST_TOKENS or not layer.is_initialized:
-            return original(k, v, *rest, **options)
+            return original(_plain(k), v, *rest, **options)
         target = (layer.keys, layer.values, layer.cumulative_length)
-        if dense.append_refuses(k, v, *target):
-            return original(k, v, *rest, **options)
-        dense.append(scope.launcher, k, v, *target)
-        return layer.keys, layer.values
+        raw = k.memory if isinstance(k, Deferred) else k
+        if dense.append_refuses(raw, v, *target):
+            return original(_plain(k), v, *rest, **options)
+        recipe = k.recipe if isinstance(k, Deferred) else None
+        if not isinstance(recipe, Rotated):
+            dense.append(scope.launcher, _plain(k), v, *target)
+            return layer.keys, layer.values
+        grown = partial(_append, scope.launcher, k, v, target)
+        keys, values = Deferred.together(target[:2], Appended(recipe, v, layer.cumulative_length), grown)
+        return keys, values
 
     return update

@@ -16,7 +16,17 @@ from moeflow.kernels.junction import ExpertSum, join, join_refuses
 emulator = pytest.importorskip("emulator.launcher")
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="no g++")
 
-FORMATS = ["hqq 2 64", "hqq 2 16 8", "hqq 3 64", "hqq 4 32", "hqq 8 128", "nf4", "int8", "none bfloat16", "none float32"]
+FORMATS = [
+    "hqq 2 64",
+    "hqq 2 16 8",
+    "hqq 3 64",
+    "hqq 4 32",
+    "hqq 8 128",
+    "nf4",
+    "int8",
+    "none bfloat16",
+    "none float32",
+]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

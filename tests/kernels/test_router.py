@@ -65,5 +65,9 @@ def test_refusals() -> None:
     x, matrix = torch.randn(1, 16), torch.randn(4, 16)
     refuses = RouterKernel.refuses
     assert refuses(x, matrix, None, 2) is None
-    assert refuses(x, matrix.half(), None, 2) and refuses(x, matrix, None, 5) and refuses(x[:, :12], matrix[:, :12], None, 2)
+    assert (
+        refuses(x, matrix.half(), None, 2)
+        and refuses(x, matrix, None, 5)
+        and refuses(x[:, :12], matrix[:, :12], None, 2)
+    )
     assert refuses(x.expand(9, -1), matrix, None, 2) and refuses(x, matrix, torch.randn(3), 2)
