@@ -27,7 +27,7 @@ WIDEST = 256
 
 @dataclass(frozen=True)
 class Fresh:
-    """The query tokens' own keys and values, not in the cache yet, and the angles by which queries and keys are turned."""
+    """The query tokens' own keys and values, not in the cache yet, and the angles that queries and keys are turned by."""
 
     k: Tensor
     """[1, Hk, T, D], as the projection gives them."""
@@ -139,7 +139,7 @@ class Attention:
         out = torch.empty(1, tokens, q.shape[1], shape.values, dtype=q.dtype, device=q.device)
         defines = {
             "ELEMENT": DTYPES[q.dtype], "WIDTH": shape.width, "VALUES": shape.values, "ROWS": shape.rows,
-            "FRESH": int(fresh is not None),
+            "FRESH": int(fresh is not None), "TOKENS": tokens,
         }  # fmt: skip
         kernel = self._launcher.kernel("attention.cu", "attend", defines)
         strides = [x.stride(i) for x in (q, k, v) for i in (1, 2)]
@@ -150,7 +150,7 @@ class Attention:
             sizes = [fresh.cos.shape[2], *(x.stride(i) for x in (fresh.k, fresh.v) for i in (1, 2))]
         kernel(
             (shape.splits, heads, shape.chunks), shape.threads, strided(q), strided(k), strided(v), out, partial,
-            stats, finished, length, sinks, *strides, q.shape[1] // heads, tokens, window or 0, float(scaling),
+            stats, finished, length, sinks, *strides, q.shape[1] // heads, window or 0, float(scaling),
             *new, *sizes, k.shape[2],
         )  # fmt: skip
         return out

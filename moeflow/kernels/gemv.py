@@ -21,7 +21,9 @@ __all__ = ["DTYPES", "Format", "Gate", "Gemv", "Jobs", "Prepared", "MOST_TOKENS"
 
 MOST_TOKENS = 8
 """Vectors that share one reading of a matrix."""
-THREADS = 256
+THREADS, SMALL = 256, 128  # of a block
+FEW_ROWS = 1 << 13  # of all matrices of a product together
+WIDE = 8192  # columns
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 NF4 = 4
 
@@ -203,15 +205,16 @@ class Gemv:
         out = torch.empty(jobs.choices, rows, dtype=dtype, device=x.pieces.device)
         assert tokens > 1 or jobs.share in (1, jobs.choices), "one token's choices share its vector, or have one each"
         together = 1 if jobs.starts is None else min(MOST_TOKENS, 1 << (tokens - 1).bit_length())
-        per_warp = self._rows_per_warp(together)
+        per_warp, threads = self._share(together, jobs.choices)
         defines = {
             **self.defines,
             "ROWS": per_warp,
             "TOKENS": together,
             "OUTPUT": DTYPES[dtype],
             "COLUMNS": columns,
+            "CONSTANT": int(jobs.buffers is None),
         }
-        per_block = THREADS // 32 * per_warp
+        per_block = threads // 32 * per_warp
         if rows % per_block == 0:
             defines["EXACT"] = 1
         kernel = self._launcher.kernel("gemv.cu", "gemv", defines)
@@ -219,13 +222,27 @@ class Gemv:
         grid = (-(-rows // per_block), count, 1)
         stride = jobs.pool.shape[1]
         kernel(
-            grid, THREADS, jobs.pool, stride, jobs.buffers, jobs.starts, jobs.lists, jobs.share, *self._offsets,
+            grid, threads, jobs.pool, stride, jobs.buffers, jobs.starts, jobs.lists, jobs.share, *self._offsets,
             self._codebook, x.pieces, x.scales, x.sums, out, rows,
         )  # fmt: skip
         return out
 
-    def _rows_per_warp(self, tokens: int) -> int:
-        """More rows share the activations that a lane has read; fewer keep all multiprocessors busy."""
-        if tokens >= 4 or self._format.kind == "DENSE":
-            return 1 if tokens >= 4 else 2
-        return 4 if self.matrix.rows >= 1 << 14 else 2
+    def _share(self, tokens: int, choices: int) -> tuple[int, int]:
+        """Rows of a warp, and threads of a block: as `tools/kernels.py --sweep` found them fastest on an H100.
+
+        More rows share the activations that a lane has read; fewer keep all multiprocessors busy, and the registers few.
+        """
+        form, columns = self._format, self.matrix.columns
+        if tokens >= 4:
+            return 1, THREADS
+        if form.kind == "DENSE" or tokens > 1:
+            return 2, THREADS
+        if form.kind == "CODEBOOK":
+            return 4, THREADS  # a block begins by filling a table
+        if self.matrix.rows * choices < FEW_ROWS:
+            return 1, THREADS
+        if form.bits == 8:
+            return 2, SMALL
+        if form.units > 1 or form.bits == 3:  # several scales a chunk, or two planes: registers
+            return (4 if form.units > 1 else 2) if columns <= WIDE else 1, SMALL
+        return 4 if form.bits == 2 or columns <= WIDE else 2, SMALL

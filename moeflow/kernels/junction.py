@@ -85,7 +85,7 @@ def join(
     columns = weight.numel()
     rows, groups = residual.numel() // columns, columns // NUMBERS
     each = -(-groups // MOST_THREADS)
-    threads = min(MOST_THREADS, -(-(-(-groups // each)) // 32) * 32)
+    threads = min(MOST_THREADS, (groups + 32 * each - 1) // (32 * each) * 32)
     if added is None:
         total = residual
     elif total is None:

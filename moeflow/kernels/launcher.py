@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from moeflow.errors import DeviceError
-from moeflow.kernels.compiler import REMEDY, SOURCE, Defines, cached_cubin, compile_cubin
+from moeflow.kernels.compiler import REMEDY, SOURCE, Defines, cached_cubin, compile_cubin, full_source
 
 __all__ = ["Argument", "CudaLauncher", "Defines", "Grid", "Kernel", "Launcher", "compile_cubin", "cuda_launcher"]
 
 Grid = tuple[int, int, int] | int
 Argument = Tensor | int | float | None
 LEAST_CAPABILITY = (7, 5)
+EARLY_ARCH = 90  # from here on kernels that wait for the one before may begin while it ends: 0.9 us each instead of 1.4
 
 Macros = tuple[tuple[str, int | str], ...]
 
@@ -96,7 +97,8 @@ class CudaLauncher:
         if key not in self._kernels:
             module = self._module(source, macros)
             function = self.check(self.driver.cuModuleGetFunction(module, name.encode()), f"{name} of {source}")
-            self._kernels[key] = _CudaKernel(self, function, f"{name} of {source} {dict(macros)}")
+            early = self.arch >= EARLY_ARCH and "wait_for_previous();" in full_source(source, self._directory)
+            self._kernels[key] = _CudaKernel(self, function, f"{name} of {source} {dict(macros)}", early)
         return self._kernels[key]
 
     def _module(self, source: str, macros: Macros) -> Any:
@@ -150,14 +152,15 @@ class _Arguments:
 class _CudaKernel:
     """A function on the device. What a launch needs is made once for each combination of argument types."""
 
-    def __init__(self, launcher: CudaLauncher, function: Any, name: str):
+    def __init__(self, launcher: CudaLauncher, function: Any, name: str, early: bool):
+        """`early`: it waits for what precedes it in the stream by itself (primitives.cuh), so it may begin before."""
         self._launcher = launcher
-        self._launch = launcher.driver.cuLaunchKernel
         self._success = launcher.driver.CUresult.CUDA_SUCCESS
         self._function = function
         self._name = name
         self._arguments: dict[tuple[type, ...], _Arguments] = {}
         self._lock = threading.Lock()  # the driver copies the arguments before it returns, but without Python's lock
+        self._early = _early_launch(launcher.driver) if early else None
 
     def __call__(self, grid: Grid, block: int, *arguments: Argument) -> None:
         """Launch on torch's current stream.
@@ -173,9 +176,33 @@ class _CudaKernel:
         stream = torch.cuda.current_stream(self._launcher.index).cuda_stream
         with self._lock:
             packed.fill(arguments)
-            (code,) = self._launch(self._function, x, y, z, block, 1, 1, 0, stream, packed.address, 0)
+            code = self._launch((x, y, z), block, stream, packed.address)
             if code != self._success and code == self._launcher.driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
                 self._launcher.make_current()  # a thread in which torch has not touched the device yet
-                (code,) = self._launch(self._function, x, y, z, block, 1, 1, 0, stream, packed.address, 0)
+                code = self._launch((x, y, z), block, stream, packed.address)
         if code != self._success:
             self._launcher.check((code,), f"{self._name}, grid {(x, y, z)}, block {block}")
+
+    def _launch(self, grid: tuple[int, int, int], block: int, stream: int, arguments: int) -> Any:
+        driver, early = self._launcher.driver, self._early
+        if early is None:
+            (code,) = driver.cuLaunchKernel(self._function, *grid, block, 1, 1, 0, stream, arguments, 0)
+            return code
+        early.gridDimX, early.gridDimY, early.gridDimZ = grid
+        early.blockDimX, early.hStream = block, stream
+        (code,) = driver.cuLaunchKernelEx(early, self._function, arguments, 0)
+        return code
+
+
+def _early_launch(driver: Any) -> Any:
+    """A launch that need not wait for the end of the kernel before it (programmatic stream serialization)."""
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    config = driver.CUlaunchConfig()
+    config.blockDimY = config.blockDimZ = 1
+    config.sharedMemBytes = 0
+    config.attrs, config.numAttrs = [attribute], 1
+    return config

@@ -16,7 +16,7 @@ from moeflow.kernels.unpack import unpack
 from moeflow.model.inputs import Inputs
 from moeflow.schema import PackedMatrix, Segment
 
-__all__ = ["Merged", "PackedLinear", "merge", "use_kernels"]
+__all__ = ["Merged", "PackedLinear", "merge", "multiply", "use_kernels"]
 
 
 class PackedLinear(nn.Module):

@@ -75,6 +75,10 @@ inline float2 h2_to_float2(unsigned v) {
 }
 inline unsigned float2_to_h2(float low, float high) { return float_to_half(low) | (unsigned)float_to_half(high) << 16; }
 
+inline void wait_for_previous() {}
+inline void let_next_begin() {}
+inline void prefetch(const void*) {}
+
 inline uint4 load_stream(const uint4* p) { return *p; }
 inline uint4 load_host(const uint4* p) { return *p; }
 inline int load_volatile(const int* p) {

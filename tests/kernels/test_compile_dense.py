@@ -33,4 +33,16 @@ def test_dense(arch: int) -> None:
 )
 def test_attention(arch: int, shape: tuple[int, int, int, int]) -> None:
     defines = dict(zip(("ELEMENT", "WIDTH", "VALUES", "ROWS"), shape, strict=True))
-    assert b"attend" in compile_cubin("attention.cu", defines, arch)
+    for fresh in (0, 1):
+        assert b"attend" in compile_cubin("attention.cu", {**defines, "FRESH": fresh, "TOKENS": 1 + fresh}, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_junctions_and_routers(arch: int) -> None:
+    form = {"KIND": "AFFINE", "BITS": 2, "GROUP": 64, "META": 16, "LAY_OUT": 1}
+    row = {"ELEMENT": 2, "COLUMNS": 4096, "EACH": 1, "LATE": 0, "WEIGHT": 0}
+    for added in ("NOTHING", "TENSOR", "EXPERTS"):
+        assert b"junction" in compile_cubin("junction.cu", {**row, **form, "ADD": added}, arch)
+    router = {"ELEMENT": 1, "MATRIX": 0, "EXPERTS": 128, "CHOICES": 8, "COLUMNS": 2048, "NORMALIZE": 1, "WEIGHT": 1}
+    for first in ("SCORES", "CHOICE"):
+        assert b"route" in compile_cubin("router.cu", {**router, "FIRST": first}, arch)

@@ -63,6 +63,8 @@ __device__ __forceinline__ float gated(const void* x, long long row, int column,
 // thread, a row per blockIdx.y; the threads of a chunk lie in one warp.
 extern "C" __global__ void __launch_bounds__(256)
 prepare(const void* x, uint4* pieces, float* scales, float* sums, long long columns_, float limit, float alpha) {
+    let_next_begin();
+    wait_for_previous();
     const int columns = (int)columns_, row = blockIdx.y;
     const int quad = blockIdx.x * blockDim.x + threadIdx.x;
     const int chunks = columns / CHUNK, padded = (chunks + 31) / 32 * 32;
@@ -84,6 +86,8 @@ prepare(const void* x, uint4* pieces, float* scales, float* sums, long long colu
 #endif
 extern "C" __global__ void __launch_bounds__(256)
 combine(const float* y, const void* weights, void* out, long long top_k, long long columns) {
+    let_next_begin();
+    wait_for_previous();
     const long long column = (long long)blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
     if (column >= columns) return;
     float sum = 0.f;

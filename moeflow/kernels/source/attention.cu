@@ -3,12 +3,15 @@
 //
 //   WIDTH, VALUES  numbers of a key and of a value: multiples of 8, up to 256
 //   ROWS           query rows (heads of the group times tokens) that share each reading of a key
+//   TOKENS         of the query
 //   FRESH          1: the tokens' own keys and values come from the projections, and queries and keys are rotated here:
 //                  one launch in place of three, each of which would wait for the one before
 //
 // A share takes the same number of tiles as every other at a given length, so that the result depends on nothing else;
 // shares beyond the length end at once. It takes LEAST tiles before there is a second one: adding up shares costs as much
 // time as a few tiles. The last share of a head to finish adds up all of them, in their order.
+//
+// The code is kept short: a step runs it once per layer, after other kernels, and fetching it costs more than running it.
 #include "elements.cuh"
 
 #ifndef FRESH
@@ -44,6 +47,10 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 struct Shared {
+    float query[ROWS][WIDTH];          // turned and scaled
+#if FRESH
+    uint4 fresh[TOKENS * WIDTH * SIZE / 16];   // the tokens' own keys, turned
+#endif
     float scores[ROWS][TILE];          // then their exponentials
     float largest[ROWS], sum[ROWS], factor[ROWS];
     float gathered[WARPS][ROWS][VALUES];
@@ -54,6 +61,7 @@ struct Shared {
 // Turns a tile's scores into exponentials, and says by what earlier results are to be multiplied.
 __device__ __forceinline__ void normalize(Shared& s) {
     const int lane = threadIdx.x & 31;
+#pragma unroll 1
     for (int r = threadIdx.x >> 5; r < ROWS; r += WARPS) {
         const float a = s.scores[r][lane], b = s.scores[r][lane + 32], before = s.largest[r];
         const float largest = fmaxf(before, warp_max(fmaxf(a, b))), shift = shift_of(largest);
@@ -100,44 +108,58 @@ __device__ __forceinline__ Raw turned(const void* row, long long at, const void*
 extern "C" __global__ void __launch_bounds__(THREADS)
 attend(const void* q, void* k, void* v, void* out, float* partial, float* stats, int* finished, long long* length_,
        const void* sinks, long long q_head, long long q_token, long long k_head, long long k_token, long long v_head,
-       long long v_token, long long group_, long long tokens_, long long window, float scale, const void* new_k,
+       long long v_token, long long group_, long long window, float scale, const void* new_k,
        const void* new_v, const void* cosine, const void* sine, long long table, long long new_k_head,
        long long new_k_token, long long new_v_head, long long new_v_token, long long capacity) {
+    let_next_begin();
+    wait_for_previous();
     __shared__ Shared s;
-    const int group = (int)group_, tokens = (int)tokens_, thread = threadIdx.x;
+    const int group = (int)group_, thread = threadIdx.x;
     const int kv = blockIdx.y, lane = thread & 31, own = thread % TEAM * 8, own_v = thread % TEAM_V * 8;
     const int team = thread / TEAM, team_v = thread / TEAM_V;
     const int heads = gridDim.y * gridDim.z;
     if (thread == 0) {
         const long long before = *length_;
 #if FRESH
-        s.length = (int)before + tokens;
+        s.length = (int)before + TOKENS;
         if (before >= 0 && atomicAdd(finished + heads, 1) == (int)(gridDim.x * heads) - 1) {
             finished[heads] = 0;
-            *length_ = before + tokens;   // all blocks have read it
+            *length_ = before + TOKENS;   // all blocks have read it
         }
 #else
         s.length = (int)before;
 #endif
     }
-    // Row r of this block: a query head of the group and a token, which sees positions from `from[r]` to `to[r]`.
-    float query[ROWS][8], sums[ROWS][8];
+    // Row r of this block: a query head of the group and one of its tokens. A team a row; own keys follow the queries.
+#pragma unroll 1
+    for (int job = team; job < ROWS + FRESH * TOKENS && own < WIDTH; job += THREADS / TEAM) {
+        const int row = blockIdx.z * ROWS + job, head = kv * group + row / TOKENS;
+        const bool query = job < ROWS;
+        const int token = query ? row % TOKENS : job - ROWS;
+        if (query && row >= group * TOKENS) {
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        const int row = blockIdx.z * ROWS + r, head = kv * group + row / tokens, token = row % tokens;
-        const bool there = row < group * tokens && own < WIDTH;
+            for (int i = 0; i < 8; i++) s.query[job][own + i] = 0.f;
+            continue;
+        }
 #if FRESH
-        unpack_eight(there ? turned(q, head * q_head + token * q_token, cosine, sine, token, (int)table, own) : no_numbers(), query[r]);
+        const long long at = query ? head * q_head + token * q_token : kv * new_k_head + token * new_k_token;
+        const Raw raw = turned(query ? q : new_k, at, cosine, sine, token, (int)table, own);
+        if (!query) {
+            store_eight(s.fresh, token * WIDTH + own, raw);
+            continue;
+        }
 #else
-        unpack_eight(there ? load_eight(q, head * q_head + token * q_token + own) : no_numbers(), query[r]);
+        const Raw raw = load_eight(q, head * q_head + token * q_token + own);
 #endif
+        float numbers[8];
+        unpack_eight(raw, numbers);
 #pragma unroll
-        for (int i = 0; i < 8; i++) { query[r][i] *= scale * LOG2_E; sums[r][i] = 0.f; }
+        for (int i = 0; i < 8; i++) s.query[job][own + i] = numbers[i] * (scale * LOG2_E);
     }
     if (thread < ROWS) { s.largest[thread] = nothing(); s.sum[thread] = 0.f; }
     __syncthreads();
 
-    const int length = s.length, start = length - tokens;   // of the query's tokens
+    const int length = s.length, start = length - TOKENS;   // of the query's tokens
     const int lowest = window > 0 ? start + 1 - (int)window : 0, first = lowest > 0 ? lowest : 0;
     const int tiles = (length - first + TILE - 1) / TILE, splits = gridDim.x, split = blockIdx.x;
     if (tiles <= 0) return;
@@ -145,81 +167,103 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
     const int share = (tiles + splits - 1) / splits > least ? (tiles + splits - 1) / splits : least;
     const int active = (tiles + share - 1) / share;
     if (split >= active) return;
+    const int begin = split * share, end = begin + share < tiles ? begin + share : tiles;
 
-    const int end = (split + 1) * share < tiles ? (split + 1) * share : tiles;
+#if FRESH
+    if (blockIdx.z == 0)   // whose share they lie in writes them down
+#pragma unroll 1
+        for (int token = team; token < TOKENS; token += THREADS / TEAM) {
+            const int at = start + token;
+            if (at < first + begin * TILE || at >= first + end * TILE || at >= (int)capacity) continue;
+            if (own < WIDTH) store_eight(k, kv * k_head + at * k_token + own, load_eight(s.fresh, token * WIDTH + own));
+            for (int i = own; i < VALUES; i += TEAM * 8)
+                store_eight(v, kv * v_head + at * v_token + i, load_eight(new_v, kv * new_v_head + token * new_v_token + i));
+        }
+#endif
+
+    float query[ROWS][8], sums[ROWS][8];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            query[r][i] = own < WIDTH ? s.query[r][own + i] : 0.f;
+            sums[r][i] = 0.f;
+        }
     Raw keys[EACH], values[EACH_V];   // of the next tile, on their way while the present one is computed
-    const auto load_keys = [&](int tile) {
+#pragma unroll 1
+    for (int tile = begin; tile <= end; tile++) {   // loads `tile`, computes the one before
+        const int base = first + tile * TILE, before = base - TILE;
+        if (tile > begin) {
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int at = first + tile * TILE + i * (THREADS / TEAM) + team;
-            const bool there = at < length && own < WIDTH;
+            for (int i = 0; i < EACH; i++) {
+                const int local = i * (THREADS / TEAM) + team, at = before + local;
+                float key[8];
+                unpack_eight(keys[i], key);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    float dot = 0.f;
+#pragma unroll
+                    for (int j = 0; j < 8; j++) dot = fmaf(query[r][j], key[j], dot);
+#pragma unroll
+                    for (int o = TEAM / 2; o; o >>= 1) dot += __shfl_xor_sync(0xFFFFFFFFu, dot, o);
+                    const int position = start + (blockIdx.z * ROWS + r) % TOKENS;
+                    const bool seen = at <= position && (window <= 0 || at > position - (int)window);
+                    if (own == 0) s.scores[r][local] = seen ? dot : nothing();
+                }
+            }
+        }
+        if (tile < end) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int at = base + i * (THREADS / TEAM) + team;
+                const bool there = at < length && own < WIDTH;
 #if FRESH
-            if (there && at >= start) {
-                keys[i] = turned(new_k, kv * new_k_head + (at - start) * new_k_token, cosine, sine, at - start, (int)table, own);
-                if (blockIdx.z == 0 && at < (int)capacity) store_eight(k, kv * k_head + at * k_token + own, keys[i]);
-                continue;
-            }
+                const bool fresh = at >= start;
+                keys[i] = there ? load_eight(fresh ? (const void*)s.fresh : k,
+                                             fresh ? (long long)(at - start) * WIDTH + own : kv * k_head + at * k_token + own)
+                                : no_numbers();
+#else
+                keys[i] = there ? load_eight(k, kv * k_head + at * k_token + own) : no_numbers();
 #endif
-            keys[i] = there ? load_eight(k, kv * k_head + at * k_token + own) : no_numbers();
+            }
         }
-    };
-    const auto load_values = [&](int tile) {
+        if (tile > begin) {
+            __syncthreads();
+            normalize(s);
+            __syncthreads();
 #pragma unroll
-        for (int i = 0; i < EACH_V; i++) {
-            const int at = first + tile * TILE + i * (THREADS / TEAM_V) + team_v;
-            const bool there = at < length && own_v < VALUES;
+            for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                for (int j = 0; j < 8; j++) sums[r][j] *= s.factor[r];
+#pragma unroll
+            for (int i = 0; i < EACH_V; i++) {
+                float value[8];
+                unpack_eight(values[i], value);
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    const float weight = s.scores[r][i * (THREADS / TEAM_V) + team_v];
+#pragma unroll
+                    for (int j = 0; j < 8; j++) sums[r][j] = fmaf(weight, value[j], sums[r][j]);
+                }
+            }
+            __syncthreads();
+        }
+        if (tile < end) {
+#pragma unroll
+            for (int i = 0; i < EACH_V; i++) {
+                const int at = base + i * (THREADS / TEAM_V) + team_v;
+                const bool there = at < length && own_v < VALUES;
 #if FRESH
-            if (there && at >= start) {
-                values[i] = load_eight(new_v, kv * new_v_head + (at - start) * new_v_token + own_v);
-                if (blockIdx.z == 0 && at < (int)capacity) store_eight(v, kv * v_head + at * v_token + own_v, values[i]);
-                continue;
-            }
+                const bool fresh = at >= start;
+                values[i] = there ? load_eight(fresh ? new_v : v,
+                                               fresh ? kv * new_v_head + (at - start) * new_v_token + own_v
+                                                     : kv * v_head + at * v_token + own_v)
+                                  : no_numbers();
+#else
+                values[i] = there ? load_eight(v, kv * v_head + at * v_token + own_v) : no_numbers();
 #endif
-            values[i] = there ? load_eight(v, kv * v_head + at * v_token + own_v) : no_numbers();
-        }
-    };
-    load_keys(split * share);
-    load_values(split * share);
-    for (int tile = split * share; tile < end; tile++) {
-        const int base = first + tile * TILE;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int local = i * (THREADS / TEAM) + team, at = base + local;
-            float key[8];
-            unpack_eight(keys[i], key);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                float dot = 0.f;
-#pragma unroll
-                for (int j = 0; j < 8; j++) dot = fmaf(query[r][j], key[j], dot);
-#pragma unroll
-                for (int o = TEAM / 2; o; o >>= 1) dot += __shfl_xor_sync(0xFFFFFFFFu, dot, o);
-                const int position = start + (blockIdx.z * ROWS + r) % tokens;
-                const bool seen = at <= position && (window <= 0 || at > position - (int)window);
-                if (own == 0) s.scores[r][local] = seen ? dot : nothing();
             }
         }
-        if (tile + 1 < end) load_keys(tile + 1);
-        __syncthreads();
-        normalize(s);
-        __syncthreads();
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-            for (int j = 0; j < 8; j++) sums[r][j] *= s.factor[r];
-#pragma unroll
-        for (int i = 0; i < EACH_V; i++) {
-            float value[8];
-            unpack_eight(values[i], value);
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                const float weight = s.scores[r][i * (THREADS / TEAM_V) + team_v];
-#pragma unroll
-                for (int j = 0; j < 8; j++) sums[r][j] = fmaf(weight, value[j], sums[r][j]);
-            }
-        }
-        if (tile + 1 < end) load_values(tile + 1);
-        __syncthreads();
     }
 
     // The teams' sums, first those within a warp.
@@ -236,8 +280,10 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
     const long long block = (long long)blockIdx.y * gridDim.z + blockIdx.z;
     if (active > 1) {
         const long long place = block * splits + split;
+#pragma unroll 1
         for (int i = thread; i < ROWS * VALUES; i += THREADS) {
             float sum = 0.f;
+#pragma unroll
             for (int w = 0; w < WARPS; w++) sum += s.gathered[w][i / VALUES][i % VALUES];
             partial[place * ROWS * VALUES + i] = sum;
         }
@@ -255,9 +301,10 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
         if (!s.last) return;
         if (thread == 0) finished[block] = 0;   // for the next launch
     }
+#pragma unroll 1
     for (int r = thread >> 5; r < ROWS; r += WARPS) {
         const int row = blockIdx.z * ROWS + r;
-        const float sink = row < group * tokens ? sink_of(sinks, kv * group + row / tokens) : nothing();
+        const float sink = row < group * TOKENS ? sink_of(sinks, kv * group + row / TOKENS) : nothing();
         float largest[2], sum[2];
         for (int i = 0; i < 2; i++) {
             const int other = lane + 32 * i;
@@ -273,9 +320,10 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
     }
     __syncthreads();
     // Four columns a thread, so that a pass over all shares serves the whole block.
+#pragma unroll 1
     for (int i = 4 * thread; i < ROWS * VALUES; i += 4 * THREADS) {
         const int r = i / VALUES, row = blockIdx.z * ROWS + r;
-        if (row >= group * tokens) break;
+        if (row >= group * TOKENS) break;
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
         if (active > 1) {
 #pragma unroll 4
@@ -294,8 +342,8 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
 #pragma unroll
             for (int j = 0; j < 4; j++) sum[j] *= s.weights[r][0];
         }
-        const int head = kv * group + row / tokens, all = gridDim.y * group;
-        const long long to = ((long long)(row % tokens) * all + head) * VALUES + i % VALUES;
+        const int head = kv * group + row / TOKENS, all = gridDim.y * group;
+        const long long to = ((long long)(row % TOKENS) * all + head) * VALUES + i % VALUES;
 #pragma unroll
         for (int j = 0; j < 4; j++) store_one(out, to + j, sum[j]);
     }

@@ -144,6 +144,8 @@ extern "C" __global__ void __launch_bounds__(32)
 lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double* counts, int* layer_, long long* counters,
        int* ring_buffers, int* ring_state, long long ring_capacity, int* guesses, int* stop, int* jobs, int* job_count,
        int* places, int* found, int* starts, int* lists) {
+    let_next_begin();
+    wait_for_previous();
     const int lane = threadIdx.x, n = (int)n_;
     const Ring ring = {ring_buffers, ring_state, (int)ring_capacity};
     __shared__ int layer[STATE];
@@ -229,6 +231,8 @@ constexpr int WORTH = 8, RARELY = 16, WINDOW = 256;
 extern "C" __global__ void __launch_bounds__(32)
 guess(const long long* ids, long long n_, const int* buffers, int* layer, long long* counters, int* ring_buffers,
       int* ring_state, long long ring_capacity, int* guesses, int* stop, int* progress) {
+    let_next_begin();
+    wait_for_previous();
     const int lane = threadIdx.x, n = (int)n_;
     const Ring ring = {ring_buffers, ring_state, (int)ring_capacity};
     for (int i = lane; i < GUESSES * WARPS; i += 32) progress[i] = 0;

@@ -28,6 +28,8 @@ __device__ __forceinline__ float block_sum(float value) {
 
 extern "C" __global__ void __launch_bounds__(1024)
 rms_norm(const void* x, const void* weight, void* y, long long columns_, float eps) {
+    let_next_begin();
+    wait_for_previous();
     const int columns = (int)columns_, groups = columns / 8;
     const long long row = (long long)blockIdx.x * columns;
     float v[VECTORS][8];
@@ -63,6 +65,8 @@ extern "C" __global__ void __launch_bounds__(256)
 rotate(const void* q, const void* k, const void* cosine, const void* sine, void* q_out, void* k_out, long long q_heads,
        long long k_heads, long long tokens, long long width, long long table, long long q_head, long long q_token,
        long long k_head, long long k_token) {
+    let_next_begin();
+    wait_for_previous();
     const int half = (int)width / 2, heads = (int)(q_heads + k_heads);
     const int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= heads * (int)tokens * half) return;
@@ -87,6 +91,8 @@ extern "C" __global__ void __launch_bounds__(1024)
 append(const void* k, const void* v, void* keys, void* values, long long* length, long long heads, long long tokens,
        long long capacity, long long k_width, long long v_width, long long k_head, long long k_token, long long v_head,
        long long v_token) {
+    let_next_begin();
+    wait_for_previous();
     const long long start = *length;
     __syncthreads();
     const int k_groups = (int)k_width / 8, row = k_groups + (int)v_width / 8;

@@ -14,6 +14,11 @@
 #ifndef OUTPUT
 #define OUTPUT FLOAT
 #endif
+// CONSTANT: 1 where the matrix is the only one and never written: its first weights are asked for before the kernels that
+// prepare its input have ended, the others brought near.
+#ifndef CONSTANT
+#define CONSTANT 0
+#endif
 // COLUMNS: of the matrix; a constant, so that the loop over steps is unrolled and its addresses are offsets.
 #ifndef TOKENS
 #define TOKENS 1   // vectors that share one reading of a matrix
@@ -225,6 +230,10 @@ extern "C" __global__ void __launch_bounds__(256)
 gemv(const char* pool, long long stride, const int* buffers, const int* starts, const int* choices, long long share,
      long long words, long long high, long long scales, long long steps, long long bias, const float* codebook,
      const uint4* x, const float* x_scales, const float* x_sums, void* out, long long rows) {
+    let_next_begin();
+#if !CONSTANT
+    wait_for_previous();
+#endif
     constexpr int chunks = COLUMNS / CHUNK, padded = (chunks + 31) / 32 * 32, steps_of_lane = padded / 32;
 #if KIND == CODEBOOK
     fill_pairs(codebook);
@@ -239,7 +248,16 @@ gemv(const char* pool, long long stride, const int* buffers, const int* starts, 
     const char* blob = pool + (buffers ? buffers[job] : 0) * stride;
     const Matrix m = {blob + words, blob + high, blob + scales, blob + steps};
     const long long row0 = ((long long)blockIdx.x * (blockDim.x >> 5) + warp) * ROWS;
-    if (row0 >= rows) return;
+    if (row0 >= rows) return;   // a block's other warps wait
+#if CONSTANT
+    // One line of 128 bytes a lane: eight lanes' pieces.
+#pragma unroll
+    for (int step = 1; step < steps_of_lane; step++)
+#pragma unroll
+        for (int r = 0; r < ROWS; r++)
+            if (lane % 8 == 0 && lane + 32 * step < chunks)
+                prefetch((const uint4*)m.words + ROW(r) * chunks + lane + 32 * step);
+#endif
 
     for (int begin = first; begin < last; begin += TOKENS) {
         float sums[TOKENS][ROWS];
@@ -258,6 +276,9 @@ gemv(const char* pool, long long stride, const int* buffers, const int* starts, 
         if (chunks % 32 == 0 || lane < chunks)
 #pragma unroll
             for (int r = 0; r < ROWS; r++) next[r] = load_weights(m, ROW(r), lane);
+#if CONSTANT
+        if (begin == first) wait_for_previous();
+#endif
 #pragma unroll UNROLL
         for (int step = 0; step < steps_of_lane; step++) {
             const int c = lane + 32 * step;

@@ -66,6 +66,8 @@ __shared__ uint4 staged[PIECES];   // bytes are gathered here: written one by on
 extern "C" __global__ void __launch_bounds__(1024)
 junction(const void* residual, const void* added, const float* results, const void* weights, long long top_k,
          const void* scale, void* total, void* normal, uint4* pieces, float* scales, float* sums, float eps) {
+    let_next_begin();
+    wait_for_previous();
     const int token = blockIdx.x;
     const long long row = (long long)token * COLUMNS;
     float v[EACH][8];

@@ -62,12 +62,38 @@ __device__ __forceinline__ unsigned float2_to_h2(float low, float high) {
     return v;
 }
 
-// Weights, read once: they take no room in L1. Nobody may write them while the kernel runs.
+// Weights, read once: they take no room in L1, and are the first to leave L2, where a layer's weights would otherwise push
+// out what every step needs again: the small kernels' code, keys and values, routers. Nobody may write them meanwhile.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
     uint4 v;
+#if __CUDA_ARCH__ >= 800
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(policy));
+#else
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+#endif
     return v;
+}
+
+// Brings a line to L2.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// From Hopper on a kernel may begin while the one before it in the stream ends (programmatic dependent launch). What it does
+// ahead of `wait_for_previous` must not need, or overwrite, anything that earlier kernels give or read; every kernel calls
+// it first thing in every thread, so that the end of one is the end of all before it. `let_next_begin` allows the next one
+// to begin, which then waits in turn.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 // Page-locked host memory, never from a cache. volatile keeps a run of loads together, so that all are in flight.

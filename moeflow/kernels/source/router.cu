@@ -13,6 +13,7 @@
 #define CHOICE 1
 
 constexpr int WARPS = 8, OWN = (EXPERTS + 31) / 32;   // experts a lane holds
+constexpr bool ALONE = EXPERTS <= WARPS;              // one block computes all logits of a token
 
 __device__ __forceinline__ void load_weights_eight(const void* matrix, long long at, float* out) {
 #if MATRIX == ELEMENT
@@ -68,7 +69,7 @@ __device__ __forceinline__ void choose(const float* logits, long long token, voi
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         const int e = 32 * i + lane;
-        score[i] = e < EXPERTS ? __ldcg(logits + e) : lowest();
+        score[i] = e < EXPERTS ? (ALONE ? logits[e] : __ldcg(logits + e)) : lowest();
         most = fmaxf(most, score[i]);
     }
     most = all_max(most);
@@ -96,7 +97,7 @@ __device__ __forceinline__ void choose(const float* logits, long long token, voi
             const int its = __shfl_xor_sync(0xFFFFFFFFu, who, o);
             if (other > best || (other == best && its < who)) { best = other; who = its; }
         }
-        // Not a number is larger than nothing: then the lowest index that is left is taken.
+        // Where all that is left is no number, nobody wins: an expert that exists is named all the same.
 #pragma unroll
         for (int i = 0; i < OWN; i++) if (32 * i + lane == who) score[i] = lowest();
         if (lane == k) { mine = best; expert = who < EXPERTS ? who : k; }
@@ -121,11 +122,16 @@ __device__ __forceinline__ void choose(const float* logits, long long token, voi
 extern "C" __global__ void __launch_bounds__(256)
 route(const void* x, const void* matrix, const void* bias, void* logits, float* exact, int* finished, void* weights,
       long long* index) {
+    let_next_begin();
+    wait_for_previous();
+    let_next_begin();
+    wait_for_previous();
     __shared__ int last;
+    __shared__ float own[WARPS];
     const int lane = threadIdx.x & 31, expert = blockIdx.x * WARPS + (threadIdx.x >> 5), token = blockIdx.y;
     if (expert < EXPERTS) {
         float sum = 0.f;
-#pragma unroll 8
+#pragma unroll 16
         for (int i = lane * 8; i < COLUMNS; i += 256) {
             float a[8], b[8];
             unpack_eight(load_eight(x, (long long)token * COLUMNS + i), a);
@@ -144,15 +150,22 @@ route(const void* x, const void* matrix, const void* bias, void* logits, float* 
             }
             sum = as_matrix(sum);
             store_logit(logits, (long long)token * EXPERTS + expert, sum);
-            exact[(long long)token * EXPERTS + expert] = sum;
-            __threadfence();
+            if (ALONE) own[expert] = sum;
+            else exact[(long long)token * EXPERTS + expert] = sum;
         }
     }
     __syncthreads();
-    if (threadIdx.x == 0) last = gridDim.x == 1 || atomicAdd(finished + token, 1) == (int)gridDim.x - 1;
+    if (ALONE) {
+        if (threadIdx.x < 32) choose(own, token, weights, index, lane);
+        return;
+    }
+    if (threadIdx.x == 0) {
+        __threadfence();   // the whole block's logits, as the barrier ordered them before this
+        last = atomicAdd(finished + token, 1) == (int)gridDim.x - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!last || threadIdx.x >= 32) return;
-    __threadfence();
     if (lane == 0) finished[token] = 0;   // for the next launch
     choose(exact + (long long)token * EXPERTS, token, weights, index, lane);
 }
