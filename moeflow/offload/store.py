@@ -139,7 +139,10 @@ class HostStore:
 
 
 def _allocate(nbytes: int) -> Tensor:
-    """Ordinary memory that begins at a page: two registered pieces may not share one."""
+    """Ordinary memory that begins at a page: two registered pieces may not share one.
+
+    So does its storage, where torch looks when it is asked whether a tensor is page-locked (`is_pinned`).
+    """
     try:
         memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
     except RuntimeError as error:
@@ -148,7 +151,7 @@ def _allocate(nbytes: int) -> Tensor:
             "is then read from disk"
         ) from error
     start = -memory.data_ptr() % PAGE
-    return memory[start : start + nbytes]
+    return torch.frombuffer(memory.numpy(), dtype=torch.uint8, offset=start, count=nbytes) if nbytes else memory[:0]
 
 
 def _register(memory: Tensor) -> str | None:

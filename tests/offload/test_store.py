@@ -48,6 +48,17 @@ def make(tiny_artifact: Path) -> Callable[[], HostStore]:
     return lambda: HostStore(Artifact.open(tiny_artifact), (8, 8), pin=True)
 
 
+def test_memory_and_its_storage_begin_at_a_page(make: Callable[[], HostStore], driver: Driver) -> None:
+    """torch asks CUDA about the storage's first byte when it is asked whether a tensor is page-locked."""
+    store = make()
+    for layer, address in enumerate(driver.seen):
+        view = store.view(layer, 5)
+        assert address % 4096 == 0 and view.data_ptr() == address + 5 * store.nbytes(layer)
+        assert view.untyped_storage().data_ptr() == address
+    store.close()
+    assert HostStore(store.artifact, (0, 8), pin=True).pinned
+
+
 def test_closing_unregisters_once(driver: Driver, make: Callable[[], HostStore]) -> None:
     store = make()
     assert store.pinned and len(driver.held) == 2
