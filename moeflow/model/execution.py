@@ -20,7 +20,7 @@ from moeflow.kernels.launcher import Launcher
 from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.fused import fuse
-from moeflow.model.kv import GrowingKv, KvCache, StaticKv, make_static
+from moeflow.model.kv import GrowingKv, KvCache, StaticKv, cache_argument, make_static
 from moeflow.model.linear import merge, use_kernels
 from moeflow.model.step import DecodeStep
 from moeflow.offload.cache import ExpertCache
@@ -78,10 +78,14 @@ class HostExecution:
         inputs = torch.tensor([list(ids)], device=self._device)
         rows = []
         for piece in inputs.split(1, dim=1) if self._stepwise and kv.length else [inputs]:
-            output = self._model(input_ids=piece, past_key_values=kv.cache, use_cache=True, logits_to_keep=last)
+            output = self._model(input_ids=piece, use_cache=True, logits_to_keep=last, **{self._cache_name: kv.cache})
             kv.length += piece.shape[1]
             rows.append(output.logits[0])
         return rows[0] if len(rows) == 1 else torch.cat(rows)[-last:]
+
+    @cached_property
+    def _cache_name(self) -> str:
+        return cache_argument(self._model)
 
     @cached_property
     def _stepwise(self) -> bool:
@@ -164,9 +168,8 @@ class DeviceExecution:
         else:
             inputs = torch.tensor([list(ids)], device=self._device)
             positions = torch.arange(kv.length, kv.length + len(ids), device=self._device)[None]
-            output = self._model(
-                input_ids=inputs, position_ids=positions, past_key_values=kv.cache, use_cache=True, logits_to_keep=last
-            )
+            named = {cache_argument(self._model): kv.cache}
+            output = self._model(input_ids=inputs, position_ids=positions, use_cache=True, logits_to_keep=last, **named)
             logits = output.logits[0]
         kv.length += len(ids)
         return logits

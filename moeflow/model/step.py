@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeflow.model.kv import cache_argument
+
 __all__ = ["DecodeStep"]
 
 CHECKED = (1, 2, 3, 1, 4, 2)  # token ids that every vocabulary has
@@ -34,6 +36,7 @@ class DecodeStep:
         """`inside` surrounds every pass of the model."""
         self._model = model
         self._cache = cache
+        self._fixed = {"use_cache": True, cache_argument(model): cache}
         self._inside = inside
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -93,9 +96,7 @@ class DecodeStep:
 
     def _pass(self) -> Tensor:
         with self._inside():
-            output = self._model(
-                input_ids=self._token, position_ids=self._position, past_key_values=self._cache, use_cache=True
-            )
+            output = self._model(input_ids=self._token, position_ids=self._position, **self._fixed)
         self._position.add_(1)
         logits: Tensor = output.logits[0, -1]
         return logits
