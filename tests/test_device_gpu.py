@@ -90,6 +90,21 @@ def test_families_unquantized(
         assert_near(engine.logits(ids, chunk=1), logits_of(checkpoint_model(checkpoint), ids), 1e-4)
 
 
+def test_positions_beyond_the_length_of_training(
+    checkpoint_factory: Callable[..., Path], packed: Callable[..., Path]
+) -> None:
+    """PhiMoE's tables in a graph: another scale from position 16 on."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "short_mscale": 1.2,
+        "long_mscale": 1.6, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    }  # fmt: skip
+    artifact, ids = packed(checkpoint_factory("phimoe", rope_parameters=rope), {"backend": "none"}), random_ids(24)
+    with moeflow.load(artifact, dtype="float32", execution="host") as engine:
+        expected = engine.logits(ids, chunk=1)
+    with load(artifact, experts_per_layer=3) as engine:
+        assert_near(engine.logits(ids, chunk=1), expected, 1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callable[..., Path], dtype: str) -> None:
     artifact, ids = packed(tiny_checkpoint, SCHEMES[0]), random_ids(60)

@@ -20,6 +20,7 @@ from moeflow.kernels.launcher import Launcher
 from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.fused import fuse
+from moeflow.model.fused_positions import fuse_positions
 from moeflow.model.kv import GrowingKv, KvCache, StaticKv, cache_argument, make_static
 from moeflow.model.linear import merge, use_kernels
 from moeflow.model.step import DecodeStep
@@ -144,6 +145,7 @@ class DeviceExecution:
         self._model = model
         self._kv = make_static(self._model.config, self._plan.context_length, self._device)
         self.fused = fuse(model, self._launcher, self._kv, inputs)
+        fuse_positions(self.fused, model)
         self.runner.inputs, scope = inputs, self.fused.scope
         self.runner.deferring = lambda: scope.entered
         self._step = DecodeStep(model, self._kv, self._device, self.fused.active)
