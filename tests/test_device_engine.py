@@ -208,7 +208,7 @@ def test_an_interrupted_step_leaves_a_sound_engine(tiny_artifact: Path, monkeypa
 def test_a_graph_that_forgot_to_count_is_found(tiny_artifact: Path) -> None:
     """Replays that see the first position for ever, as a model that counts in Python would."""
     with load(tiny_artifact) as engine, torch.inference_mode():
-        step = engine._execution._step
+        step = engine._execution.steps.single
 
         class Replay:
             def __init__(self, stuck: bool):

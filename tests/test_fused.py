@@ -22,6 +22,7 @@ from moeflow.kernels.attention import Attention
 from moeflow.model import fused_attention
 from moeflow.model.fused import Fused, fuse
 from moeflow.model.kv import cache_argument
+from moeflow.model.step import DecodeStep
 from moeflow.pipeline import _plan_for
 
 emulator = pytest.importorskip("emulator.launcher")
@@ -289,9 +290,8 @@ def test_device_driven_engine(checkpoint_factory: Callable[..., Path], tmp_path:
     launcher = emulator.EmulatedLauncher("random")
     with Engine(opened, plan, launcher=launcher) as engine:
         execution: Any = engine._execution
-        step = execution._step
-        unfused = type(step)(execution._model, execution._kv, engine.device)
-        execution._step = unfused
+        unfused = DecodeStep(execution._model, execution._kv, engine.device)
+        execution.steps._steps[1] = unfused
         expected = engine.logits(ids, chunk=1)
         fused = fuse(execution._model, launcher, execution._kv)
         run = unfused._pass
