@@ -118,6 +118,22 @@ def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callabl
                 assert torch.equal(engine.logits(ids, chunk=1), expected), setting
 
 
+@pytest.mark.parametrize("k", [1, 8])
+def test_a_few_tokens_at_once_are_graphs_and_as_one_by_one(
+    tiny_checkpoint: Path, packed: Callable[..., Path], k: int
+) -> None:
+    ids = random_ids(60)
+    with load(packed(tiny_checkpoint, SCHEMES[2]), experts_per_layer=k) as engine:
+        expected, steps = engine.logits(ids, chunk=1), engine._execution.steps
+        assert steps.most == 8
+        for chunk in (2, 3, 5, 8):
+            for _ in range(3):
+                assert_near(engine.logits(ids, chunk=chunk), expected, BOUND)
+            assert not steps.kept and steps._steps[chunk]._graph is not None
+        assert torch.equal(engine.logits(ids, chunk=1), expected)
+        assert engine.traffic.streamed_bytes == 0
+
+
 def test_the_demo_models_greedy_text(gpu_file: Path, demo_artifact: Path) -> None:
     """128 tokens: the same under every switch; the host's, or the first difference where rounding may decide."""
     hardware = str(gpu_file)
