@@ -43,6 +43,7 @@ class HostStore:
         sizes = [(count, artifact.manifest.layout_of(layer).nbytes) for layer, count in enumerate(ram_experts)]
         self._memory = [_allocate(count * nbytes) for count, nbytes in sizes]
         self._locked = [False] * len(sizes)
+        self._compared: set[tuple[int, int]] = set()  # blobs on disk that were as they should be when first read
         self._held: list[Tensor] = []  # what is registered
         self._unlock = weakref.finalize(self, _unlock, self._held)
         try:
@@ -126,11 +127,17 @@ class HostStore:
         return self._memory[layer][expert * nbytes : (expert + 1) * nbytes]
 
     def read(self, layer: int, expert: int, target: Tensor) -> None:
-        """Copy a blob into `target`, host memory of its size; one from disk is not compared with its digest again."""
+        """Copy a blob into `target`, host memory of its size; one from disk is compared with its digest once.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
         if self.in_ram(layer, expert):
             target.copy_(self.view(layer, expert))
             return
-        self.artifact.read_blob(layer, expert, target.numpy().data, verify=False)
+        verify = (layer, expert) not in self._compared
+        self.artifact.read_blob(layer, expert, target.numpy().data, verify)
+        self._compared.add((layer, expert))
 
     def close(self) -> None:
         """Release the memory, which nothing on the device may still read; calling it again does nothing."""
