@@ -66,6 +66,7 @@ class Engine:
         """Of the last generation."""
         self.device = device_of(plan)
         artifact.check_files()
+        artifact.check_resident()
         self._text = TextCodec(artifact.directory)
         self._model: Any = None
         self._routes = routes(self.device) if routes else None

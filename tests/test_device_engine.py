@@ -89,6 +89,22 @@ def test_families_unquantized(
         assert_follows(engine, checkpoint_model(checkpoint), ids, (1,))
 
 
+def test_positions_beyond_the_length_of_training(
+    checkpoint_factory: Callable[..., Path], packed: Callable[..., Path]
+) -> None:
+    """PhiMoE's own frequencies and scales: transformers chooses by the longest position, in Python."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "short_mscale": 1.2,
+        "long_mscale": 1.6, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    }  # fmt: skip
+    artifact, ids = packed(checkpoint_factory("phimoe", rope_parameters=rope), NONE), random_ids(24)
+    with moeflow.load(artifact, execution="host") as engine:
+        expected = engine.logits(ids, chunk=1)
+    with load(artifact, experts_per_layer=3) as engine:
+        assert engine._execution.fused.replaced["rotary tables"] == 1
+        assert_near(engine.logits(ids, chunk=1), expected)
+
+
 def test_a_state_that_a_graph_cannot_replay_is_the_hosts(
     checkpoint_factory: Callable[..., Path], packed: Callable[..., Path]
 ) -> None:
@@ -192,7 +208,7 @@ def test_an_interrupted_step_leaves_a_sound_engine(tiny_artifact: Path, monkeypa
 def test_a_graph_that_forgot_to_count_is_found(tiny_artifact: Path) -> None:
     """Replays that see the first position for ever, as a model that counts in Python would."""
     with load(tiny_artifact) as engine, torch.inference_mode():
-        step = engine._execution._step
+        step = engine._execution.steps.single
 
         class Replay:
             def __init__(self, stuck: bool):

@@ -90,6 +90,21 @@ def test_families_unquantized(
         assert_near(engine.logits(ids, chunk=1), logits_of(checkpoint_model(checkpoint), ids), 1e-4)
 
 
+def test_positions_beyond_the_length_of_training(
+    checkpoint_factory: Callable[..., Path], packed: Callable[..., Path]
+) -> None:
+    """PhiMoE's tables in a graph: another scale from position 16 on."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "short_mscale": 1.2,
+        "long_mscale": 1.6, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    }  # fmt: skip
+    artifact, ids = packed(checkpoint_factory("phimoe", rope_parameters=rope), {"backend": "none"}), random_ids(24)
+    with moeflow.load(artifact, dtype="float32", execution="host") as engine:
+        expected = engine.logits(ids, chunk=1)
+    with load(artifact, experts_per_layer=3) as engine:
+        assert_near(engine.logits(ids, chunk=1), expected, 1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callable[..., Path], dtype: str) -> None:
     artifact, ids = packed(tiny_checkpoint, SCHEMES[0]), random_ids(60)
@@ -101,6 +116,22 @@ def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callabl
         with load(artifact, dtype=dtype, **setting) as engine:
             for _ in range(3):  # a race between copy and computation would not show every time
                 assert torch.equal(engine.logits(ids, chunk=1), expected), setting
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_a_few_tokens_at_once_are_graphs_and_as_one_by_one(
+    tiny_checkpoint: Path, packed: Callable[..., Path], k: int
+) -> None:
+    ids = random_ids(60)
+    with load(packed(tiny_checkpoint, SCHEMES[2]), experts_per_layer=k) as engine:
+        expected, steps = engine.logits(ids, chunk=1), engine._execution.steps
+        assert steps.most == 8
+        for chunk in (2, 3, 5, 8):
+            for _ in range(3):
+                assert_near(engine.logits(ids, chunk=chunk), expected, BOUND)
+            assert not steps.kept and steps._steps[chunk]._graph is not None
+        assert torch.equal(engine.logits(ids, chunk=1), expected)
+        assert engine.traffic.streamed_bytes == 0
 
 
 def test_the_demo_models_greedy_text(gpu_file: Path, demo_artifact: Path) -> None:

@@ -21,6 +21,8 @@ from moeflow.engine import Engine
 from moeflow.kernels.attention import Attention
 from moeflow.model import fused_attention
 from moeflow.model.fused import Fused, fuse
+from moeflow.model.kv import cache_argument
+from moeflow.model.step import DecodeStep
 from moeflow.pipeline import _plan_for
 
 emulator = pytest.importorskip("emulator.launcher")
@@ -77,7 +79,7 @@ def logits(model: Any, cache: StaticCache, pieces: list[Tensor], fused: Fused | 
     found, at = [], 0
     for piece in pieces:
         positions = torch.arange(at, at + len(piece))[None]
-        arguments = {"input_ids": piece[None], "position_ids": positions, "past_key_values": cache}
+        arguments = {"input_ids": piece[None], "position_ids": positions, cache_argument(model): cache}
         if fused is not None and len(piece) <= 8:
             with fused.active():
                 found.append(model(**arguments).logits[0])
@@ -197,10 +199,11 @@ def test_another_cache_padding_and_long_passes_get_the_usual_attention(monkeypat
         monkeypatch.setattr(Attention, "__call__", None)
         with fused.active():
             assert torch.allclose(model(ids).logits, expected, atol=1e-4)
-            assert torch.allclose(model(ids[:, :4], past_key_values=DynamicCache()).logits, expected[:, :4], atol=1e-4)
+            grown = model(ids[:, :4], **{cache_argument(model): DynamicCache()}).logits
+            assert torch.allclose(grown, expected[:, :4], atol=1e-4)
             assert torch.allclose(model(ids, attention_mask=padding).logits, padded, atol=1e-4)
             assert torch.allclose(logits(model, cache, [ids[0]], None), expected[0], atol=1e-4)
-            two = model(ids[:, :3].expand(2, -1), past_key_values=static(model)).logits
+            two = model(ids[:, :3].expand(2, -1), **{cache_argument(model): static(model)}).logits
             assert torch.allclose(two, expected[:, :3].expand(2, -1, -1), atol=1e-4)
 
 
@@ -287,9 +290,8 @@ def test_device_driven_engine(checkpoint_factory: Callable[..., Path], tmp_path:
     launcher = emulator.EmulatedLauncher("random")
     with Engine(opened, plan, launcher=launcher) as engine:
         execution: Any = engine._execution
-        step = execution._step
-        unfused = type(step)(execution._model, execution._kv, engine.device)
-        execution._step = unfused
+        unfused = DecodeStep(execution._model, execution._kv, engine.device)
+        execution.steps._steps[1] = unfused
         expected = engine.logits(ids, chunk=1)
         fused = fuse(execution._model, launcher, execution._kv)
         run = unfused._pass

@@ -52,7 +52,31 @@ def test_the_plan_is_for_this_gpu_and_experts_are_page_locked(packed: Callable[[
     with load(packed(4)) as engine:
         assert engine.device.type == "cuda"
         assert engine._store.pinned
-        assert engine._store.view(0, 0).is_pinned()
+        blob = engine._store.view(0, 0)
+        assert _memory_type(blob) == "CU_MEMORYTYPE_HOST"
+        assert blob.is_pinned()
+
+
+def _memory_type(memory: torch.Tensor) -> str:
+    """What the driver takes host memory for; it knows none that is not page-locked."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    wanted = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+    code, found = driver.cuPointerGetAttribute(wanted, memory.data_ptr())
+    return driver.CUmemorytype(int(found)).name if int(code) == 0 else str(code.name)
+
+
+def test_copies_from_page_locked_memory_do_not_wait(packed: Callable[[int], Path]) -> None:
+    with load(packed(16)) as engine:
+        blob = engine._store.view(1, 2)
+        target = torch.empty_like(blob, device=engine.device)
+        copied = torch.cuda.Event()
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1 << 30)  # cycles: the stream is busy for half a second or more
+        target.copy_(blob, non_blocking=True)
+        copied.record()
+        assert not copied.query()
+        copied.synchronize()
+        assert torch.equal(target.cpu(), blob)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -42,6 +42,9 @@ class RandomArtifact(Artifact):
     def check_files(self) -> None:
         """Nothing to compare."""
 
+    def check_resident(self) -> None:
+        """Nothing to compare."""
+
     def read_blob(self, layer: int, expert: int, target: memoryview, verify: bool = True) -> None:  # noqa: ARG002
         """Fill `target` with a blob of the layer's layout."""
         entry = self.manifest.layers[layer]

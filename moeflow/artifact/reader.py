@@ -1,7 +1,7 @@
 """Opens an artifact and checks that it is whole; reads blobs into memory that the caller provides.
 
 Opening compares every file's size with the manifest, which costs nothing. Digests are compared as blobs are
-read (`read_layer`), and of everything by `moeflow verify`. Imports no torch.
+read (`read_blob`), and of everything by `moeflow verify`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -78,6 +78,17 @@ class Artifact:
         for name, digest in self.manifest.files.items():
             if sha256_file(self.directory / name) != digest:
                 raise ArtifactError(f"{self.directory / name}: its SHA-256 differs from the manifest's; {REPAIR}")
+
+    def check_resident(self) -> None:
+        """Compare what is always on the device with its digest: one scale that is no number spoils every token.
+
+        Raises:
+            ArtifactError: it differs.
+        """
+        name = self.manifest.resident_shard
+        digest = next(shard.sha256 for shard in self.manifest.shards if shard.file == name)
+        if sha256_file(self.directory / name) != digest:
+            raise ArtifactError(f"{self.directory / name}: damaged (its SHA-256 differs from the manifest's); {REPAIR}")
 
     def resident_header(self) -> Header:
         """Where the resident tensors are."""

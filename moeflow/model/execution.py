@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.errors import DeviceError
+from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Launcher
 from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.fused import fuse
-from moeflow.model.kv import GrowingKv, KvCache, StaticKv, make_static
+from moeflow.model.fused_positions import fuse_positions
+from moeflow.model.kv import GrowingKv, KvCache, StaticKv, cache_argument, make_static
 from moeflow.model.linear import merge, use_kernels
-from moeflow.model.step import DecodeStep
+from moeflow.model.steps import Steps
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache
 from moeflow.offload.link import Link
@@ -78,10 +80,14 @@ class HostExecution:
         inputs = torch.tensor([list(ids)], device=self._device)
         rows = []
         for piece in inputs.split(1, dim=1) if self._stepwise and kv.length else [inputs]:
-            output = self._model(input_ids=piece, past_key_values=kv.cache, use_cache=True, logits_to_keep=last)
+            output = self._model(input_ids=piece, use_cache=True, logits_to_keep=last, **{self._cache_name: kv.cache})
             kv.length += piece.shape[1]
             rows.append(output.logits[0])
         return rows[0] if len(rows) == 1 else torch.cat(rows)[-last:]
+
+    @cached_property
+    def _cache_name(self) -> str:
+        return cache_argument(self._model)
 
     @cached_property
     def _stepwise(self) -> bool:
@@ -105,7 +111,7 @@ class DeviceExecution:
             raise DeviceError(reason)
         if store.refused:
             raise DeviceError(store.refused)
-        top_k = manifest.model.top_k
+        self._top_k = top_k = manifest.model.top_k
         sources = [store.address(layer) for layer in range(len(manifest.layers))]
         self._cache = DeviceCache(manifest, plan, launcher, sources, device)
         if self._cache.most_choices < top_k:
@@ -131,7 +137,7 @@ class DeviceExecution:
         return self._cache.wasted_bytes
 
     def bind(self, model: nn.Module) -> None:
-        """Take the model that calls `runner`, and capture its decoding step.
+        """Take the model that calls `runner`, and capture its decoding step; those of several tokens, when they come.
 
         Raises:
             RuntimeError: an operation of the model cannot be captured.
@@ -140,12 +146,14 @@ class DeviceExecution:
         self._model = model
         self._kv = make_static(self._model.config, self._plan.context_length, self._device)
         self.fused = fuse(model, self._launcher, self._kv, inputs)
+        fuse_positions(self.fused, model)
         self.runner.inputs, scope = inputs, self.fused.scope
         self.runner.deferring = lambda: scope.entered
-        self._step = DecodeStep(model, self._kv, self._device, self.fused.active)
-        self._step.learn(lambda: [merge(family) for family in inputs.families()])
-        if self._device.type == "cuda":
-            self._step.capture()
+        most = max(1, min(MOST_TOKENS, self._cache.most_choices // self._top_k))
+        runner, uncounted = self.runner, self._cache.uncounted
+        self.steps = Steps(model, self._kv, self._device, self.fused.active, most, uncounted, runner.reset)
+        self.steps.single.learn(lambda: [merge(family) for family in inputs.families()])
+        self.steps.capture()
         inputs.freeze()
         self.runner.reset()
         self._cache.forget()
@@ -159,14 +167,13 @@ class DeviceExecution:
         """Logits of the last `last` tokens."""
         if kv.stale:
             raise DeviceError("this KV cache was given to another sequence; ask the engine for a new one")
-        if len(ids) == 1:
-            logits = self._step.run(ids[0], kv.length)[None]
+        if len(ids) <= self.steps.most:
+            logits = self.steps.run(ids, kv.length)[-last:]
         else:
             inputs = torch.tensor([list(ids)], device=self._device)
             positions = torch.arange(kv.length, kv.length + len(ids), device=self._device)[None]
-            output = self._model(
-                input_ids=inputs, position_ids=positions, past_key_values=kv.cache, use_cache=True, logits_to_keep=last
-            )
+            named = {cache_argument(self._model): kv.cache}
+            output = self._model(input_ids=inputs, position_ids=positions, use_cache=True, logits_to_keep=last, **named)
             logits = output.logits[0]
         kv.length += len(ids)
         return logits

@@ -30,7 +30,7 @@ NAME = "moeflow"
 # Arguments that change nothing, or that the kernel knows. Any other with a value means another kind of attention.
 HARMLESS = frozenset({
     "position_ids", "use_cache", "cache_position", "sliding_window", "s_aux", "past_key_values", "output_router_logits",
-    "position_embeddings", "logits_to_keep", "return_dict",
+    "cache", "position_embeddings", "logits_to_keep", "return_dict",
 })  # fmt: skip
 
 

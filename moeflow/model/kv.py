@@ -6,6 +6,7 @@ cache gets it emptied, and the one before loses it (`stale`): a session then com
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from moeflow.errors import DeviceError
 
-__all__ = ["KvCache", "GrowingKv", "StaticKv", "make_static"]
+__all__ = ["KvCache", "GrowingKv", "StaticKv", "cache_argument", "make_static"]
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which `model` takes its cache: transformers 5.23 and older say `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class KvCache(Protocol):

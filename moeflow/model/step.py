@@ -1,18 +1,21 @@
-"""One token through the whole model: captured once in a CUDA graph, then replayed.
+"""A few tokens through the whole model: captured once in a CUDA graph, then replayed.
 
 A step of a model with 32 layers is thousands of launches, which Python issues in tens of milliseconds and a graph in
-one call. Token, position and logits live at fixed addresses; nothing inside a step waits for the host. Without CUDA the
-same pass runs as it is, so that it can be tested anywhere.
+one call. Tokens, positions and logits live at fixed addresses; nothing inside a step waits for the host. Without CUDA
+the same pass runs as it is, so that it can be tested anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moeflow.model.kv import cache_argument
 
 __all__ = ["DecodeStep"]
 
@@ -22,7 +25,7 @@ WARM_UPS = 2  # passes before capture: the first compiles kernels and allocates,
 
 
 class DecodeStep:
-    """Decoding of one sequence with a static cache."""
+    """Always the same number of tokens of one sequence, with a static cache."""
 
     def __init__(
         self,
@@ -30,13 +33,16 @@ class DecodeStep:
         cache: Any,
         device: torch.device,
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        tokens: int = 1,
     ):
         """`inside` surrounds every pass of the model."""
         self._model = model
         self._cache = cache
+        self._fixed = {"use_cache": True, cache_argument(model): cache}
         self._inside = inside
-        self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self._position = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+        self._offsets = torch.arange(tokens, device=device)[None]
+        self._position = self._offsets.clone()
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -50,7 +56,7 @@ class DecodeStep:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record the step; leaves caches in an arbitrary state, to be reset by the caller.
+        """Warm up, record and check the step; leaves caches in an arbitrary state, to be reset by the caller.
 
         Raises:
             RuntimeError: an operation of the model cannot be captured.
@@ -62,11 +68,21 @@ class DecodeStep:
                 self._pass()
         torch.cuda.current_stream().wait_stream(stream)
         self._cache.reset()
+        self.record()
+        self.check()
+
+    def record(self, beside: DecodeStep | None = None) -> None:
+        """Record a pass after one that was computed; nothing is computed. May share the memory of `beside`.
+
+        Raises:
+            RuntimeError: an operation of the model cannot be captured.
+        """
+        gc.collect()  # an engine that was dropped would let go of its host memory, which CUDA forbids during capture
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        pool = beside._graph.pool() if beside is not None and beside._graph is not None else None
+        with torch.cuda.graph(graph, pool=pool):
             self._logits = self._pass()
         self._graph = graph
-        self.check()
 
     def check(self) -> None:
         """Compare replays with the same steps run operation by operation; caches are left to be reset.
@@ -79,31 +95,37 @@ class DecodeStep:
         """
         graph, self._graph = self._graph, None
         self._cache.reset()
-        expected = [self.run(token, i).clone() for i, token in enumerate(CHECKED)]
+        expected = [self.run([token], i).clone() for i, token in enumerate(CHECKED)]
         self._graph = graph
         self._cache.reset()
         for i, token in enumerate(CHECKED):
-            found = self.run(token, i)
-            difference = float((found - expected[i]).abs().max() / expected[i].abs().max().clamp(min=1e-6))
-            if not difference <= TOLERANCE:
-                raise RuntimeError(
-                    f"the captured step differs from the one it was made of by {difference:.2g} of the largest logit "
-                    f"at token {i}"
-                )
+            self.compare(self.run([token], i), expected[i], i)
+
+    @staticmethod
+    def compare(found: Tensor, expected: Tensor, position: int) -> None:
+        """Whether a replay gave what the pass that was recorded gives.
+
+        Raises:
+            RuntimeError: not.
+        """
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"the captured step differs from the one it was made of by {difference:.2g} of the largest logit "
+                f"at token {position}"
+            )
 
     def _pass(self) -> Tensor:
         with self._inside():
-            output = self._model(
-                input_ids=self._token, position_ids=self._position, past_key_values=self._cache, use_cache=True
-            )
-        self._position.add_(1)
-        logits: Tensor = output.logits[0, -1]
+            output = self._model(input_ids=self._tokens, position_ids=self._position, **self._fixed)
+        logits: Tensor = output.logits[0]
         return logits
 
-    def run(self, token: int, position: int) -> Tensor:
-        """Logits [V] after `token` at `position`, which is the cache's length."""
-        self._token.fill_(token)
-        self._position.fill_(position)
+    def run(self, ids: Sequence[int], position: int) -> Tensor:
+        """Logits [T, V] after each of `ids`, the first at `position`, which is the cache's length."""
+        for i, token in enumerate(ids):
+            self._tokens[:, i].fill_(token)  # a copy from the host would wait for all that is under way
+        torch.add(self._offsets, position, out=self._position)
         if self._graph is None:
             return self._pass()
         self._graph.replay()

@@ -8,12 +8,14 @@ of models: expert ids in, places of blobs out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Kernel, Launcher
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import Manifest, Plan
@@ -75,8 +77,9 @@ class DeviceCache:
         self._policy = plan.policy
         layers, experts = len(manifest.layers), max(layer.experts for layer in manifest.layers)
         self.guesses = plan.prefetch.experts if plan.prefetch.depth and plan.strategy == "full" else 0
-        self.most_choices = plan.staging_slots - self.guesses
-        """Choices that one step may make: as many copies land without touching what the step still reads."""
+        room = plan.staging_slots - self.guesses
+        self.most_choices = room if room < experts else MOST_TOKENS * experts
+        """Choices that one step may make: so many experts at most land without touching what the step still reads."""
         counts = dict.fromkeys(range(len(manifest.layouts)), plan.staging_slots)
         for entry, slots in zip(manifest.layers, plan.cache_slots, strict=True):
             counts[entry.layout] += slots
@@ -86,7 +89,7 @@ class DeviceCache:
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        most = max(1, self.most_choices)
+        most = max(1, min(room, experts))
         self._buffers = table(layers, experts)
         self._stamps = table(layers, experts)
         self._counts = table(layers, experts, dtype=torch.float64)
@@ -193,6 +196,16 @@ class DeviceCache:
             source = None if blob.data_ptr() in slots else blob.data_ptr() - expert * blob.nbytes
             for half in (0, 1):
                 self.copy(layer, half, source, self._unseen)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is looked up and copied inside leaves no trace in the counts."""
+        uses, nbytes = self._uses.clone(), self._bytes.clone()
+        try:
+            yield
+        finally:
+            self._uses.copy_(uses)
+            self._bytes.copy_(nbytes)
 
     def count(self, traffic: Traffic) -> Traffic:
         """`traffic` with what the device has counted since the start in place of its own figures."""

@@ -4,11 +4,16 @@ For a CUDA device host memory is page-locked, so that copies run at the link's s
 can read it. It is ordinary memory that is registered with the driver once it is filled: torch's own allocator of
 page-locked memory takes ten times as long a GiB and rounds each piece up to a power of two. Where the system refuses
 to lock that much, the layers that it refused stay ordinary memory, and `refused` says so.
+
+Memory that is freed while it is registered stays registered: whoever is given the same addresses next is refused. So a
+finalizer holds the locked memory and unregisters it first, at `close`, when a store that nobody closed is collected, or
+when the process ends, whichever comes first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -38,6 +43,9 @@ class HostStore:
         sizes = [(count, artifact.manifest.layout_of(layer).nbytes) for layer, count in enumerate(ram_experts)]
         self._memory = [_allocate(count * nbytes) for count, nbytes in sizes]
         self._locked = [False] * len(sizes)
+        self._compared: set[tuple[int, int]] = set()  # blobs on disk that were as they should be when first read
+        self._held: list[Tensor] = []  # what is registered
+        self._unlock = weakref.finalize(self, _unlock, self._held)
         try:
             self._load(progress)
             if pin:
@@ -50,7 +58,7 @@ class HostStore:
         total, done = sum(memory.nbytes for memory in self._memory), 0
         for layer, memory in enumerate(self._memory):
             progress("locking pages", done, total)
-            if memory.nbytes and (error := _register(memory)):
+            if memory.nbytes and (error := self._try_lock(memory)):
                 self.refused = (
                     f"{format_size(done)} of {format_size(total)} of experts are in page-locked memory; the system "
                     f"refused more ({error}), so the rest is copied through a small buffer, slower: raise `ulimit -l`, "
@@ -60,6 +68,12 @@ class HostStore:
             self._locked[layer] = memory.nbytes > 0
             done += memory.nbytes
         progress("locking pages", total, total)
+
+    def _try_lock(self, memory: Tensor) -> str | None:
+        self._held.append(memory)  # before it is so: an interruption in between must not leave it registered
+        if error := _register(memory):
+            self._held.pop()
+        return error
 
     @property
     def pinned(self) -> bool:
@@ -113,22 +127,29 @@ class HostStore:
         return self._memory[layer][expert * nbytes : (expert + 1) * nbytes]
 
     def read(self, layer: int, expert: int, target: Tensor) -> None:
-        """Copy a blob into `target`, host memory of its size; one from disk is not compared with its digest again."""
+        """Copy a blob into `target`, host memory of its size; one from disk is compared with its digest once.
+
+        Raises:
+            ArtifactError: it is damaged.
+        """
         if self.in_ram(layer, expert):
             target.copy_(self.view(layer, expert))
             return
-        self.artifact.read_blob(layer, expert, target.numpy().data, verify=False)
+        verify = (layer, expert) not in self._compared
+        self.artifact.read_blob(layer, expert, target.numpy().data, verify)
+        self._compared.add((layer, expert))
 
     def close(self) -> None:
-        """Release the memory."""
-        for layer, memory in enumerate(self._memory):
-            if self._locked[layer]:
-                _unregister(memory)
+        """Release the memory, which nothing on the device may still read; calling it again does nothing."""
+        self._unlock()
         self._memory, self._locked = [], [False] * len(self._locked)
 
 
 def _allocate(nbytes: int) -> Tensor:
-    """Ordinary memory that begins at a page: two registered pieces may not share one."""
+    """Ordinary memory that begins at a page: two registered pieces may not share one.
+
+    So does its storage, where torch looks when it is asked whether a tensor is page-locked (`is_pinned`).
+    """
     try:
         memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
     except RuntimeError as error:
@@ -137,7 +158,7 @@ def _allocate(nbytes: int) -> Tensor:
             "is then read from disk"
         ) from error
     start = -memory.data_ptr() % PAGE
-    return memory[start : start + nbytes]
+    return torch.frombuffer(memory.numpy(), dtype=torch.uint8, offset=start, count=nbytes) if nbytes else memory[:0]
 
 
 def _register(memory: Tensor) -> str | None:
@@ -153,6 +174,17 @@ def _register(memory: Tensor) -> str | None:
 
 def _unregister(memory: Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def _unlock(held: list[Tensor]) -> None:
+    """Unregister and forget `held`; silent, because a device that failed or is gone already has let go of it."""
+    with contextlib.suppress(Exception):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a store that was dropped may have copies under way
+    while held:
+        with contextlib.suppress(Exception):
+            _unregister(held[-1])
+        held.pop()
 
 
 def _device_address(pointer: int) -> int:

@@ -25,6 +25,7 @@ LEAST_CAPABILITY = 7.5  # of the kernels
 CUDA_RESERVE = 1 << 30  # the driver's context, libraries and fragmentation
 HOST_RESERVE = 2 << 30  # the system and Python
 HOST_SHARE = 0.9  # of what is left
+FEW_TOKENS = 8  # whose experts the kernels multiply in one pass
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,15 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         raise CapacityError(_too_much(profile, sizes, fixed, limit))
     ram_experts = _ram_experts(profile, sizes, hardware, fixed.total + slot_bytes)
     in_ram = sum(layer.blob_nbytes * n for layer, n in zip(sizes.layers, ram_experts, strict=True))
+    execution = _execution(profile, sizes, hardware, ram_experts, stream_layers)
+    if execution == "device" and hardware.gpu is not None:
+        staging, fixed = _land_more(sizes, staging, prefetch, fixed, limit - fixed.total - slot_bytes)
     return Plan(
         manifest_digest=manifest_digest,
         hardware=hardware.name,
         device=hardware.device,
         dtype=dtype,
-        execution=_execution(profile, sizes, hardware, ram_experts, stream_layers),
+        execution=execution,
         strategy=profile.strategy,
         policy=profile.cache.policy,
         context_length=context,
@@ -162,6 +166,16 @@ def _fixed(
     if must_stream or parts.stream <= (limit - without.total) // 2:
         return parts, 2
     return without, 0
+
+
+def _land_more(
+    sizes: ModelSizes, staging: int, prefetch: PlannedPrefetch, fixed: _Fixed, spare: int
+) -> tuple[int, _Fixed]:
+    """Memory that no whole k fills, as landing buffers: with enough, short prompts fetch only the experts they need."""
+    each = fixed.staging // staging
+    wanted = min(FEW_TOKENS * sizes.top_k, max(layer.experts for layer in sizes.layers)) + prefetch.experts
+    count = max(staging, min(wanted, staging + spare // each))
+    return count, replace(fixed, staging=count * each)
 
 
 def _slots(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, free: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.facts import STATE_TOKENS, ModelConfig
+from moeflow.model.kv import cache_argument
 
 STATEFUL = {"jamba", "lfm2_moe"}
 SLIDING = {"gpt_oss", "dots1"}
@@ -55,7 +56,7 @@ def _held(model: Any) -> int:
 
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(torch.ones(1, STATE_TOKENS, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(torch.ones(1, STATE_TOKENS, dtype=torch.long), use_cache=True, **{cache_argument(model): cache})
     return sum(_count(value) for layer in cache.layers for value in vars(layer).values())
 
 

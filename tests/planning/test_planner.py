@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,24 @@ def test_a_prefetch_that_is_asked_for_is_taken_and_gets_its_buffers() -> None:
     assert plain.staging_slots >= 2 + 2
     assert plan.staging_slots >= 2 + 2 * 3
     assert plan.memory.staging == plan.staging_slots * 84 * MIB
+
+
+def test_memory_that_no_whole_k_fills_lands_the_experts_of_several_tokens() -> None:
+    """Enough for all experts of a layer and the guesses; fewer where there is no room; k is never less for it."""
+    per_k, seen = 32 * 84 * MIB, set()
+    for quarter in range(5):
+        vram = 9 * GIB + quarter * per_k // 4
+        plan = make_plan(_profile(memory=Memory(vram=vram)), MIXTRAL, _machine(vram=80 * GIB))
+        plain = make_plan(_profile(memory=Memory(vram=vram), execution="host"), MIXTRAL, _machine(vram=80 * GIB))
+        assert (plan.execution, plain.staging_slots) == ("device", 4)
+        assert plan.cache_slots == plain.cache_slots
+        _check_sums(plan, MIXTRAL)
+        spare = plan.memory.limit - plan.memory.total
+        assert plan.staging_slots == 8 + 2 or spare < 84 * MIB
+        seen.add(plan.staging_slots)
+    assert max(seen) == 10
+    many = replace(MIXTRAL, layers=(LayerSize(128, 3 * MIB, 2 * 768 * 2048),) * 48, top_k=8)
+    assert make_plan(_profile(), many, _machine(vram=80 * GIB)).staging_slots == 8 * 8 + 8
 
 
 def test_no_predictor_is_no_prefetch() -> None:
