@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moeflow.errors import DeviceError
 from moeflow.kernels.launcher import Launcher
+from moeflow.kernels.unpack import Workspace
 from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.fused import fuse
@@ -110,11 +111,12 @@ class DeviceExecution:
         self._cache = DeviceCache(manifest, plan, launcher, sources, device)
         if self._cache.most_choices < top_k:
             raise DeviceError(f"{plan.staging_slots} landing buffers; one step needs {top_k + self._cache.guesses}")
+        dtype: torch.dtype = getattr(torch, plan.dtype)
+        packed = [*manifest.resident, *(m for layout in manifest.layouts for m in layout.matrices)]
+        self._workspace = Workspace(packed, dtype, device)
         self._streamed = Traffic()
         stream = LayerStream(manifest, link, device, self._streamed)
-        many = ExpertRunner(
-            manifest, plan, self._cache, stream, getattr(torch, plan.dtype), launcher, always_stream=True
-        )
+        many = ExpertRunner(manifest, plan, self._cache, stream, dtype, launcher, self._workspace, always_stream=True)
         self.runner = DeviceRunner(manifest, self._cache, launcher, many)
         self._plan, self._launcher, self._device = plan, launcher, device
         self._lease: StaticKv | None = None
@@ -136,7 +138,7 @@ class DeviceExecution:
         Raises:
             RuntimeError: an operation of the model cannot be captured.
         """
-        use_kernels(model, self._launcher)
+        use_kernels(model, self._launcher, self._workspace)
         self._model = model
         self._kv = make_static(self._model.config, self._plan.context_length, self._device)
         self.fused = fuse(model, self._launcher, self._kv)
@@ -160,6 +162,7 @@ class DeviceExecution:
         else:
             inputs = torch.tensor([list(ids)], device=self._device)
             positions = torch.arange(kv.length, kv.length + len(ids), device=self._device)[None]
+            self.runner.expect(len(ids))  # behind the ids: their copy would wait for those of whole layers
             output = self._model(
                 input_ids=inputs, position_ids=positions, past_key_values=kv.cache, use_cache=True, logits_to_keep=last
             )

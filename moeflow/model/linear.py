@@ -11,7 +11,7 @@ from torch.nn import functional
 from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.gemv import MOST_TOKENS, Gemv, Jobs, Prepared, unsupported
 from moeflow.kernels.launcher import Launcher
-from moeflow.kernels.unpack import unpack
+from moeflow.kernels.unpack import PIECE, Unpacker, Workspace
 from moeflow.schema import PackedMatrix
 
 __all__ = ["PackedLinear", "use_kernels"]
@@ -29,31 +29,34 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = matrix.columns, matrix.rows
         self.register_buffer("blob", blob)  # uint8, the matrix's parts at their offsets
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
-        self._launcher: Launcher | None = None
+        self._unpacker: Unpacker | None = None
+        self._workspace: Workspace | None = None
         self._gemv: Gemv | None = None
         self._inputs = _Inputs()
 
     @property
     def weight(self) -> Tensor:
         """W, dequantized."""
-        if self._launcher is not None:
-            return unpack(self._launcher, self.matrix, self.blob, self.dtype)
+        if self._unpacker is not None:
+            return self._unpacker(self.blob)
         return dequantize(self.matrix, parts_of(self.matrix, self.blob), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x [..., in]."""
         tokens = x.numel() // self.in_features
         if self._gemv is None or tokens > MOST_TOKENS:
-            return functional.linear(x, self.weight, self.bias)
+            weight = self.weight if self._unpacker is None else self._unpacker(self.blob, self._workspace)
+            return functional.linear(x, weight, self.bias)
         prepared = self._inputs.prepare(self._gemv, x)
         starts, lists = (None, None) if tokens == 1 else self._inputs.lists(tokens, x.device)
         jobs = Jobs(self.blob[None], None, tokens, 1, starts, lists)
         out = self._gemv.multiply(prepared, jobs, tokens, x.dtype).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
-    def attach(self, launcher: Launcher, inputs: _Inputs) -> None:
+    def attach(self, launcher: Launcher, inputs: _Inputs, workspace: Workspace) -> None:
         """Multiply by kernels from now on, sharing prepared inputs with the layers that hold the same `inputs`."""
-        self._launcher = launcher
+        if self.matrix.columns % PIECE == 0:
+            self._unpacker, self._workspace = Unpacker(launcher, self.matrix, self.dtype), workspace
         if unsupported(self.matrix) is None:
             self._gemv, self._inputs = Gemv(launcher, self.matrix, self.blob.device), inputs
 
@@ -79,9 +82,9 @@ class _Inputs:
         return self._lists[tokens]
 
 
-def use_kernels(model: nn.Module, launcher: Launcher) -> None:
-    """Let all packed layers of `model` multiply by kernels."""
+def use_kernels(model: nn.Module, launcher: Launcher, workspace: Workspace) -> None:
+    """Let all packed layers of `model` multiply by kernels; `workspace` is for passes of many tokens."""
     shared: dict[str, _Inputs] = {}
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            module.attach(launcher, shared.setdefault(name.rpartition(".")[0], _Inputs()))
+            module.attach(launcher, shared.setdefault(name.rpartition(".")[0], _Inputs()), workspace)
