@@ -319,6 +319,12 @@ class Engine:
         if self._model is None:
             raise UsageError("the engine is closed; load the artifact again")
 
+    def empty_cache(self) -> None:
+        """Forget every cached expert, as if none had been used yet."""
+        self._check_open()
+        self._link.drain()
+        self._execution.runner.reset()
+
     # -- life ---------------------------------------------------------------------------------------------
 
     def close(self) -> None:
