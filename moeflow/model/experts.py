@@ -235,6 +235,7 @@ class _Groups:
 
     def sum(self, weights: Tensor) -> Tensor:
         """Each token's results [T, H], weighted [T, K] and summed in the router's order."""
+        del self._hidden  # its memory is wanted below
         results, flat = self._results, weights.reshape(-1, 1)
         if self._order is None:
             outputs = (results * flat).to(results.dtype)
