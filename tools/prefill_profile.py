@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -54,7 +55,7 @@ def main() -> None:
             measure(engine, run, name, peak)
         used, memory = torch.cuda.max_memory_reserved(), plan.memory
         print(f"device memory: {used / GIB:.3f} GiB of {memory.total / GIB:.3f} planned, {used / memory.total:.3f}")
-        print(f"  allocated at most {torch.cuda.max_memory_allocated() / GIB:.3f} GiB; {memory.to_dict()}")
+        print(f"  allocated at most {torch.cuda.max_memory_allocated() / GIB:.3f} GiB; {memory}")
         for name in ("cold", "warm"):
             traced(engine, run, name, given.rows)
 
@@ -102,7 +103,7 @@ def link(events: list) -> None:
     start, end = ordered[0].time_range.start, max(e.time_range.end for e in events)
     first, last = copies[0].time_range.start, copies[-1].time_range.end
     busy = sum(e.time_range.elapsed_us() for e in copies)
-    gaps = [b.time_range.start - a.time_range.end for a, b in zip(copies, copies[1:], strict=False)]
+    gaps = [b.time_range.start - a.time_range.end for a, b in pairwise(copies)]
     kernels = sum(e.time_range.elapsed_us() for e in events if "Memcpy HtoD" not in e.name)
     print(f"link: {len(copies)} copies, busy {busy / 1e3:.1f} ms of {(end - start) / 1e3:.1f} ms on the device")
     print(f"  before the first {(first - start) / 1e3:.2f} ms, behind the last {(end - last) / 1e3:.2f} ms")
