@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeflow.kernels.attention import Attention
+from moeflow.kernels import dense
+from moeflow.kernels.attention import Attention, Fresh
 from moeflow.kernels.launcher import Launcher
 
-__all__ = ["BOUNDS", "check", "oracle", "random_case"]
+__all__ = ["BOUNDS", "check", "check_fresh", "oracle", "random_case"]
 
 # Of the largest value, which bounds every result: float32 sums of a few hundred terms; then the result's own rounding.
 BOUNDS = {torch.float32: 3e-6, torch.float16: 2.0**-11 + 3e-6, torch.bfloat16: 2.0**-8 + 3e-6}
@@ -61,3 +62,33 @@ def check(
     assert found.shape == expected.shape
     error = (found.double() - expected).abs().max() / v[:, :, : int(length)].double().abs().max()
     assert error <= BOUNDS[q.dtype], error
+
+
+def check_fresh(
+    launcher: Launcher, q: Tensor, k: Tensor, v: Tensor, length: Tensor, halves: bool, window: int | None = None,
+    sinks: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Rotation, growth and attention in one against the three one after another, to the bit: the order is the same."""
+    tokens, width = q.shape[2], q.shape[3]
+    before = int(length) - tokens
+    angles = torch.randn(1, tokens, width // 2) * 10
+    angles = angles if halves else torch.cat([angles, angles], -1)
+    cos, sin = angles.cos().to(q), angles.sin().to(q)
+    new_k = (4 * torch.randn(1, tokens, k.shape[1], width)).to(q).transpose(1, 2)
+    new_v = torch.randn(1, tokens, v.shape[1], v.shape[3]).to(q).transpose(1, 2)
+    k[:, :, before:], v[:, :, before:] = torch.nan, torch.nan
+    attention, scaling = Attention(launcher), width**-0.5
+    apart = (k.clone(), v.clone(), torch.full_like(length, before))
+    turned = dense.rotate(launcher, q, new_k, cos, sin)
+    dense.append(launcher, turned[1], new_v, *apart)
+    expected = attention(turned[0], *apart, scaling, window, sinks)
+    fresh, at = Fresh(new_k, new_v, cos, sin), torch.full_like(length, before)
+    assert Attention.refuses_fresh(q, k, fresh) is None and Attention.refuses(q, k, v, at, sinks) is None
+    for _ in range(2):  # counters are as they were
+        k[:, :, before:], v[:, :, before:] = torch.nan, torch.nan
+        at.fill_(before)
+        assert torch.equal(attention(q, k, v, at, scaling, window, sinks, fresh), expected)
+        assert int(at) == int(length) and torch.equal(at, apart[2])
+        for found, wanted in zip((k, v), apart[:2], strict=True):
+            assert torch.equal(found[:, :, : int(at)], wanted[:, :, : int(at)])
+            assert found[:, :, int(at) :].isnan().all()

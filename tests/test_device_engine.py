@@ -172,7 +172,7 @@ def test_an_interrupted_step_leaves_a_sound_engine(tiny_artifact: Path, monkeypa
     with load(tiny_artifact, experts_per_layer=2) as engine:
         expected = engine.logits(ids, chunk=1)
         runner = engine._execution.runner
-        for name in ("_combine", "_gated", "_guess_next"):
+        for name in ("_sum", "_gated", "_guess_next"):
             original, calls = getattr(runner, name), 0
 
             def stop(*arguments: object, original: Callable[..., object] = original) -> object:
@@ -226,5 +226,6 @@ def test_falls_back_and_says_why(tiny_artifact: Path) -> None:
                 raise DeviceError("gemv.cu: CUDA says CUDA_ERROR_NO_BINARY_FOR_GPU")
             return super().kernel(source, *rest)
 
-    with Engine(opened, plan, launcher=Broken()) as engine, pytest.raises(DeviceError, match="NO_BINARY"):
-        engine.generate("abc", max_new_tokens=4, temperature=0)
+    with Engine(opened, plan, launcher=Broken()) as engine:
+        assert engine.execution == "host-driven" and "NO_BINARY" in (engine.fallback or "")
+        assert engine.generate("abc", max_new_tokens=4, temperature=0).ids

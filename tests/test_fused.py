@@ -112,8 +112,8 @@ def test_logits_are_those_of_the_unfused_model(family: str, monkeypatch: pytest.
     assert error < 2e-5
     assert len(calls) == 2 * (len(pieces) - 2)  # layers; the prompt and one long piece are not decoding steps
     if family == "gpt_oss":
-        assert {window for window, _ in calls} == {5, None} and calls[0][1] is not None
-    wanted = {"norms", "cache layers", "attention", "rotary function"}
+        assert {call[0] for call in calls} == {5, None} and calls[0][1] is not None
+    wanted = {"norms", "routers", "cache layers", "attention", "rotary function"}
     assert kinds(fused) == (wanted - {"rotary function"} if family == "deepseek_v2" else wanted)
     assert set(fused.kept) == ({"rotary positions"} if family == "deepseek_v2" else set())
     assert torch.equal(logits(model, cache, pieces, None), expected)  # nothing is left behind
@@ -300,5 +300,5 @@ def test_device_driven_engine(checkpoint_factory: Callable[..., Path], tmp_path:
 
         unfused._pass = inside
         found = engine.logits(ids, chunk=1)
-    assert kinds(fused) == {"norms", "cache layers", "attention", "rotary function"} and not fused.kept
+    assert kinds(fused) == {"norms", "routers", "cache layers", "attention", "rotary function"} and not fused.kept
     assert float((found - expected).abs().max() / expected.abs().max()) < 2e-5

@@ -14,6 +14,7 @@ import moeflow
 from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
 from moeflow.model.experts import _Groups
+from moeflow.model.linear import PackedLinear
 from moeflow.offload.link import CudaLink
 from moeflow.pipeline import _plan_for
 
@@ -132,3 +133,16 @@ def test_neighbours_travel_in_one_copy() -> None:
     assert list(link._runs(0, [])) == []
     blob = 64 << 20
     assert list(link._runs(0, [0, 1])) == [(0, 1), (1, 1)]
+
+
+@emulated
+def test_merged_projections_lie_where_the_single_ones_were(artifact: Path) -> None:
+    def layers(engine: Engine) -> dict[str, PackedLinear]:
+        return {n: m for n, m in engine.model.named_modules() if isinstance(m, PackedLinear)}
+
+    with moeflow.load(artifact, execution="host") as host, load(artifact) as engine:
+        found, expected = layers(engine), layers(host)
+        assert {name.rpartition(".")[2] for name, y in found.items() if y.merged} == {"q_proj", "k_proj", "v_proj"}
+        assert len({y.blob.untyped_storage().data_ptr() for y in found.values()}) == 1, "and nothing beside"
+        for name, layer in found.items():
+            assert torch.equal(layer.weight, expected[name].weight), name

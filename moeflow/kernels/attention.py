@@ -12,17 +12,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeflow.kernels.dense import aligned, strided
+from moeflow.kernels.dense import aligned, rotate_refuses, strided
 from moeflow.kernels.gemv import DTYPES
 from moeflow.kernels.launcher import Launcher
 
-__all__ = ["Attention", "Shape", "MOST_TOKENS"]
+__all__ = ["Attention", "Fresh", "Shape", "MOST_TOKENS"]
 
 MOST_TOKENS = 8
 """Query tokens of a step."""
 TILE = 64  # positions that a block reads at once; the same in attention.cu
 MOST_SPLITS = 64  # shares of the positions: with 8 key/value heads, 512 blocks
 WIDEST = 256
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The query tokens' own keys and values, not in the cache yet, and the angles by which queries and keys are turned."""
+
+    k: Tensor
+    """[1, Hk, T, D], as the projection gives them."""
+    v: Tensor
+    """[1, Hk, T, V]"""
+    cos: Tensor
+    """[1, T, D], or [1, T, D / 2] where both halves have the same."""
+    sin: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,8 +62,9 @@ class Shape:
 
     @property
     def threads(self) -> int:
-        """Of a block: eight teams, each with eight numbers a thread."""
-        return max(32, 1 << (max(self.width, self.values) // 8 - 1).bit_length() << 3)
+        """Of a block: sixteen teams, each with eight numbers a thread; eight where a row takes a whole warp."""
+        wider, narrower = (1 << (width // 8 - 1).bit_length() for width in sorted((self.width, self.values))[::-1])
+        return min(256 if wider > 16 else max(32, wider * 16), narrower * TILE)
 
 
 class Attention:
@@ -82,6 +96,16 @@ class Attention:
             return f"a length of {length.dtype} on {length.device}"
         return None if aligned(q, k, v) else "not aligned to 16 bytes"
 
+    @staticmethod
+    def refuses_fresh(q: Tensor, keys: Tensor, fresh: Fresh) -> str | None:
+        """Why the kernel cannot rotate and append these itself, or None; beside `refuses`."""
+        if reason := rotate_refuses(q, fresh.k, fresh.cos, fresh.sin):
+            return reason
+        k, v, width = fresh.k, fresh.v, q.shape[3]
+        if k.shape[:3] != v.shape[:3] or k.shape[1] != keys.shape[1] or v.dtype != k.dtype or width % 16:
+            return f"keys {tuple(k.shape)}, values {tuple(v.shape)}, heads of {width} numbers"
+        return None if aligned(k, v) and aligned(fresh.cos, fresh.sin) else "not aligned to 16 bytes"
+
     def __call__(
         self,
         q: Tensor,
@@ -91,6 +115,7 @@ class Attention:
         scaling: float,
         window: int | None = None,
         sinks: Tensor | None = None,
+        fresh: Fresh | None = None,
     ) -> Tensor:
         """Causal attention of the last T of `length` tokens.
 
@@ -102,6 +127,8 @@ class Attention:
             scaling: of the products.
             window: how many positions a token sees, its own included; None: all.
             sinks: [Hq], a logit that takes part in the softmax without a value.
+            fresh: the tokens' own keys and values, to be rotated like q and appended at `length`, which then counts the
+                tokens before them and is moved on.
 
         Returns:
             [1, T, Hq, V]
@@ -110,12 +137,21 @@ class Attention:
         heads, tokens = k.shape[1], q.shape[2]
         partial, stats, finished = self._workspace(shape, heads, q.device)
         out = torch.empty(1, tokens, q.shape[1], shape.values, dtype=q.dtype, device=q.device)
-        defines = {"ELEMENT": DTYPES[q.dtype], "WIDTH": shape.width, "VALUES": shape.values, "ROWS": shape.rows}
+        defines = {
+            "ELEMENT": DTYPES[q.dtype], "WIDTH": shape.width, "VALUES": shape.values, "ROWS": shape.rows,
+            "FRESH": int(fresh is not None),
+        }  # fmt: skip
         kernel = self._launcher.kernel("attention.cu", "attend", defines)
         strides = [x.stride(i) for x in (q, k, v) for i in (1, 2)]
+        new: list[Tensor | int | None] = [None] * 4
+        sizes = [0] * 5
+        if fresh is not None:
+            new = [strided(fresh.k), strided(fresh.v), fresh.cos.contiguous(), fresh.sin.contiguous()]
+            sizes = [fresh.cos.shape[2], *(x.stride(i) for x in (fresh.k, fresh.v) for i in (1, 2))]
         kernel(
             (shape.splits, heads, shape.chunks), shape.threads, strided(q), strided(k), strided(v), out, partial,
             stats, finished, length, sinks, *strides, q.shape[1] // heads, tokens, window or 0, float(scaling),
+            *new, *sizes, k.shape[2],
         )  # fmt: skip
         return out
 
@@ -126,6 +162,6 @@ class Attention:
             self._workspaces[shape, heads] = (
                 torch.empty(rows * shape.values, dtype=torch.float32, device=device),
                 torch.empty(rows * 2, dtype=torch.float32, device=device),
-                torch.zeros(heads * shape.chunks, dtype=torch.int32, device=device),
+                torch.zeros(heads * shape.chunks + 1, dtype=torch.int32, device=device),
             )
         return self._workspaces[shape, heads]

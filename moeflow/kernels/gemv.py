@@ -158,19 +158,34 @@ class Gemv:
 
     def prepare(self, x: Tensor, gate: Gate = Gate()) -> Prepared:
         """Lay out x [R, K], or a gate_up product [R, 2K] through `gate`."""
-        columns, form = self.matrix.columns, self._format
-        rows = x.shape[0]
+        columns, rows = self.matrix.columns, x.shape[0]
         assert x.shape[1] == columns * gate.width, "activations do not fit the matrix"
-        chunks = columns // form.chunk
-        padded = -(-chunks // 32) * 32
-        pieces = torch.empty(rows, padded * form.vectors, 4, dtype=torch.int32, device=x.device)
-        scales = torch.empty(rows, chunks, dtype=torch.float32, device=x.device)
-        sums = torch.empty(rows, chunks * form.units, dtype=torch.float32, device=x.device)
-        defines = {**form.defines, "GATE": gate.name, "INPUT": DTYPES[x.dtype]}
+        room = self.room(rows)
+        defines = {**self.defines, "GATE": gate.name, "INPUT": DTYPES[x.dtype]}
         kernel = self._launcher.kernel("activation.cu", "prepare", defines)
         grid = (-(-columns // (4 * THREADS)), rows, 1)
-        kernel(grid, THREADS, x, pieces, scales, sums, columns, gate.limit, gate.alpha)
+        kernel(grid, THREADS, x, room.pieces, room.scales, room.sums, columns, gate.limit, gate.alpha)
+        return room
+
+    def room(self, rows: int) -> Prepared:
+        """Memory for `rows` prepared vectors; nothing is in it yet."""
+        form, device = self._format, self._device
+        chunks = self.matrix.columns // form.chunk
+        pieces = torch.empty(rows, self.staged_bytes // 16, 4, dtype=torch.int32, device=device)
+        scales = torch.empty(rows, chunks, dtype=torch.float32, device=device)
+        sums = torch.empty(rows, chunks * form.units, dtype=torch.float32, device=device)
         return Prepared(rows, pieces, scales, sums)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Of one vector's pieces."""
+        chunks = self.matrix.columns // self._format.chunk
+        return -(-chunks // 32) * 32 * self._format.vectors * 16
+
+    @property
+    def defines(self) -> dict[str, int | str]:
+        """Macros that name the packed format."""
+        return self._format.defines
 
     def multiply(self, x: Prepared, jobs: Jobs, tokens: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
         """W @ x for every choice.
@@ -190,7 +205,7 @@ class Gemv:
         together = 1 if jobs.starts is None else min(MOST_TOKENS, 1 << (tokens - 1).bit_length())
         per_warp = self._rows_per_warp(together)
         defines = {
-            **self._format.defines,
+            **self.defines,
             "ROWS": per_warp,
             "TOKENS": together,
             "OUTPUT": DTYPES[dtype],

@@ -8,14 +8,19 @@ streams layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeflow.kernels.gemv import DTYPES, MOST_TOKENS, Gate, Gemv, Jobs, unsupported
+from moeflow.kernels.junction import ExpertSum
 from moeflow.kernels.launcher import Launcher
+from moeflow.model.deferred import Deferred
 from moeflow.model.experts import ExpertRunner
+from moeflow.model.inputs import Inputs
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.device import DeviceCache
 from moeflow.offload.lanes import Lanes, Mark
@@ -61,6 +66,10 @@ class DeviceRunner:
         self._shown: Tensor | None = None  # what the side stream reads: its memory may not be given away before
         self.predictor: NextGate | ForcedRoutes | None = None
         self.routes: ForcedRoutes | None = None
+        self.inputs = Inputs()
+        """What packed products share; the model's."""
+        self.deferring: Callable[[], bool] = bool
+        """Whether somebody may take over the experts' sum."""
 
     def expect(self, tokens: int) -> None:
         """A pass of so many tokens begins; before the model, so that the copies for a long one start first."""
@@ -93,13 +102,13 @@ class DeviceRunner:
         buffers = found.places if tokens == 1 else found.buffers
         choices = top_k_index.numel()
         jobs = Jobs(found.pool, buffers, choices, choices // tokens, found.starts, found.lists)
-        x = gate_up.prepare(hidden_states.contiguous())
+        x = self.inputs.prepare(gate_up, hidden_states)
         gate_up_here.wait()
         product = gate_up.multiply(x, jobs, tokens)  # [T * K, 2I]
         gated = self._gated(module, down, product, hidden_states.dtype)
         jobs = Jobs(found.pool, buffers, choices, 1, found.starts, found.lists)
         down_here.wait()
-        return self._combine(down.multiply(gated, jobs, tokens), weights, hidden_states)
+        return self._sum(down.multiply(gated, jobs, tokens), weights, hidden_states)
 
     def _gated(self, module: Any, down: Gemv, product: Tensor, dtype: torch.dtype) -> Any:
         gate = gate_of(module)
@@ -121,20 +130,26 @@ class DeviceRunner:
         with self.lanes.copies(after=self._guess):
             self.cache.copy_guesses(layer + 1)
 
-    def _combine(self, results: Tensor, weights: Tensor, like: Tensor) -> Tensor:
-        """The router's weighted sum [T, H] of results [T * K, H]."""
-        tokens, columns = like.shape
-        out = torch.empty_like(like)
+    def _sum(self, results: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+        """The router's weighted sum [T, H] of results [T * K, H]; left to the next norm where that can take it over."""
+        out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        compute = partial(self._combine, results, weights.contiguous(), out)
+        if self.deferring():
+            return Deferred.of(out, ExpertSum(results, weights.contiguous()), compute)
+        compute()
+        return out
+
+    def _combine(self, results: Tensor, weights: Tensor, out: Tensor) -> None:
+        tokens, columns = out.shape
         defines: dict[str, int | str] = {
             "KIND": "DENSE",
             "BITS": 32,
-            "OUTPUT": DTYPES[like.dtype],
+            "OUTPUT": DTYPES[out.dtype],
             "WEIGHT": DTYPES[weights.dtype],
         }
         kernel = self._launcher.kernel("activation.cu", "combine", defines)
         grid = (-(-columns // THREADS), tokens, 1)
-        kernel(grid, THREADS, results, weights.contiguous(), out, results.shape[0] // tokens, columns)
-        return out
+        kernel(grid, THREADS, results, weights, out, results.shape[0] // tokens, columns)
 
     def reset(self) -> None:
         """Start with a cold cache, after a pass that was abandoned midway."""

@@ -22,7 +22,7 @@ from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.fused import fuse
 from moeflow.model.kv import GrowingKv, KvCache, StaticKv, make_static
-from moeflow.model.linear import use_kernels
+from moeflow.model.linear import PackedLinear, merge, use_kernels
 from moeflow.model.step import DecodeStep
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache
@@ -138,13 +138,18 @@ class DeviceExecution:
         Raises:
             RuntimeError: an operation of the model cannot be captured.
         """
-        use_kernels(model, self._launcher, self._workspace)
+        inputs = use_kernels(model, self._launcher, self._workspace)
         self._model = model
         self._kv = make_static(self._model.config, self._plan.context_length, self._device)
-        self.fused = fuse(model, self._launcher, self._kv)
+        self.fused = fuse(model, self._launcher, self._kv, inputs)
+        self.runner.inputs, scope = inputs, self.fused.scope
+        self.runner.deferring = lambda: scope.entered
         self._step = DecodeStep(model, self._kv, self._device, self.fused.active)
+        layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        self._step.learn(lambda: [merge(family, layers) for family in inputs.families()])
         if self._device.type == "cuda":
             self._step.capture()
+        inputs.freeze()
         self.runner.reset()
         self._cache.forget()
 

@@ -26,6 +26,8 @@ from moeflow.kernels.attention import Attention
 from moeflow.kernels.launcher import Launcher
 from moeflow.model.fused_attention import NAME, register
 from moeflow.model.fused_parts import Scope, fuse_cache, fuse_norms, fuse_rotary
+from moeflow.model.fused_router import fuse_routers
+from moeflow.model.inputs import Inputs
 
 __all__ = ["Fused", "fuse"]
 
@@ -43,8 +45,8 @@ def _current() -> Fused | None:
 class Fused:
     """What was replaced in one model, with one cache."""
 
-    def __init__(self, launcher: Launcher, cache: Any):
-        self.scope, self.cache = Scope(launcher), cache
+    def __init__(self, launcher: Launcher, cache: Any, dtype: torch.dtype, inputs: Inputs):
+        self.scope, self.cache = Scope(launcher, dtype, inputs), cache
         self.attention = Attention(launcher)
         self.implementation = ""
         self.replaced: dict[str, int] = {}
@@ -92,11 +94,20 @@ class Fused:
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module, launcher: Launcher, cache: Any) -> Fused:
-    """Replace what can be replaced in `model`'s decoding steps with the static `cache`."""
-    fused = Fused(launcher, cache)
+def fuse(model: nn.Module, launcher: Launcher, cache: Any, inputs: Inputs | None = None) -> Fused:
+    """Replace what can be replaced in `model`'s decoding steps with the static `cache`.
+
+    Args:
+        model: transformers'.
+        launcher: runs the kernels.
+        cache: whose layers grow.
+        inputs: what the model's packed layers share; None: nothing is packed.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.dim() == 2), torch.float32)
+    fused = Fused(launcher, cache, dtype, inputs or Inputs())
     with _turn:  # nobody else's replacement is to be taken for transformers' own
         fuse_norms(fused, model)
+        fuse_routers(fused, model)
         fuse_rotary(fused, model)
         fuse_cache(fused)
         _fuse_attention(fused, model)

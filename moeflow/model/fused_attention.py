@@ -21,7 +21,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from moeflow.kernels.attention import MOST_TOKENS, Attention
+from moeflow.kernels.attention import MOST_TOKENS, Attention, Fresh
+from moeflow.model.deferred import Appended, Deferred, Rotated
 
 __all__ = ["NAME", "AttentionState", "DecodeMask", "register", "window_of"]
 
@@ -100,21 +101,59 @@ def _attend(
 
     if isinstance(mask, DecodeMask):
         assert state is not None, "a pass goes on outside of what it began in"
-        length = state.cache.layers[module.layer_idx].cumulative_length
-        sinks = options.get("s_aux")
-        reason = _unknown(options) or Attention.refuses(query, key, value, length, sinks)
-        if reason is None and key.shape[2] != state.cache.layers[module.layer_idx].max_cache_len:
-            reason = f"keys of {key.shape[2]} positions"
-        if reason is None:
-            scaling = options.get("scaling")
-            scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-            return state.attention(query, key, value, length, scaling, mask.window, sinks), None
-        state.declined("attention", reason)
+        layer = state.cache.layers[module.layer_idx]
+        found = _by_kernel(state, layer, query, key, value, mask.window, options)
+        if isinstance(found, Tensor):
+            return found, None
+        query, key, value = (x.finish() if isinstance(x, Deferred) else x for x in (query, key, value))
+        state.declined("attention", found)
         mask = mask.tensor(query.shape[2])
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(state.implementation if state else "sdpa", own)
     result: tuple[Tensor, Tensor | None] = function(module, query, key, value, mask, **options)
     return result
+
+
+def _by_kernel(
+    state: AttentionState, layer: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None,
+    options: Mapping[str, Any],
+) -> Tensor | str:  # fmt: skip
+    """Attention, with rotation and growth where they were put off for it; or why the kernel cannot."""
+    length, sinks = layer.cumulative_length, options.get("s_aux")
+    fresh = _fresh(query, key, layer)
+    if fresh is not None:
+        assert isinstance(query, Deferred) and isinstance(query.recipe, Rotated)
+        q, k, v = query.recipe.x, layer.keys, layer.values
+    else:
+        q, k, v = (x.finish() if isinstance(x, Deferred) else x for x in (query, key, value))
+    reason = _unknown(options) or Attention.refuses(q, k, v, length, sinks)
+    if reason is None and k.shape[2] != layer.max_cache_len:
+        reason = f"keys of {k.shape[2]} positions"
+    if reason is not None:
+        return reason
+    scaling = options.get("scaling")
+    scaling = q.shape[3] ** -0.5 if scaling is None else scaling
+    found = state.attention(q, k, v, length, scaling, window, sinks, fresh)
+    if fresh is not None:
+        assert isinstance(key, Deferred)
+        key.done()
+    return found
+
+
+def _fresh(query: Tensor, key: Tensor, layer: Any) -> Fresh | None:
+    """What the kernel needs to rotate and append by itself, where nobody has done it yet."""
+    turned = query.recipe if isinstance(query, Deferred) else None
+    grown = key.recipe if isinstance(key, Deferred) else None
+    if (
+        not isinstance(turned, Rotated)
+        or not isinstance(grown, Appended)
+        or grown.length is not layer.cumulative_length
+    ):
+        return None
+    if turned.cos is not grown.key.cos or turned.sin is not grown.key.sin:
+        return None
+    fresh = Fresh(grown.key.x, grown.value, turned.cos, turned.sin)
+    return fresh if Attention.refuses_fresh(turned.x, layer.keys, fresh) is None else None
 
 
 def _unknown(options: Mapping[str, Any]) -> str | None:

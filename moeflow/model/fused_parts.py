@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 
 from moeflow.kernels import dense
 from moeflow.kernels.attention import MOST_TOKENS
+from moeflow.kernels.junction import join, join_refuses
 from moeflow.kernels.launcher import Launcher
+from moeflow.model.deferred import Appended, Deferred, Rotated, Sum
+from moeflow.model.inputs import Inputs
 
 if TYPE_CHECKING:
     from moeflow.model.fused import Fused
@@ -33,6 +37,10 @@ class Scope:
     """What a replacement knows of the `Fused` that holds it: apart, so that no cycle keeps a closed engine's memory."""
 
     launcher: Launcher
+    dtype: torch.dtype
+    """Of the model's hidden states."""
+    inputs: Inputs
+    """What products share."""
     thread: int | None = None
     """Who is within `Fused.active`."""
 
@@ -84,17 +92,33 @@ def _rounding(launcher: Launcher, module: nn.Module, weight: Tensor, eps: float)
 
 
 def _norm(scope: Scope, module: Any, eps: float, late: bool) -> Callable[..., Any]:
-    original = module.forward
+    original, maker = module.forward, object()
 
     def forward(x: Tensor, *rest: Any, **options: Any) -> Any:
         if not scope.entered or rest or options:
             return original(x, *rest, **options)
-        x = x.contiguous()
-        if dense.norm_refuses(x, module.weight):
-            return original(x)
-        return dense.norm(scope.launcher, x, module.weight, eps, late)
+        recipe = x.recipe if isinstance(x, Deferred) else None
+        residual, added = (recipe.residual, recipe.added) if isinstance(recipe, Sum) else (_plain(x), None)
+        product = scope.inputs.wanted(maker)
+        if (added is None and product is None) or join_refuses(residual, added, module.weight):
+            normal = _plain(x).contiguous()
+            if dense.norm_refuses(normal, module.weight):
+                return original(normal)
+            normal = dense.norm(scope.launcher, normal, module.weight, eps, late)
+            scope.inputs.offer(normal, maker)
+            return normal
+        total = x.memory if isinstance(x, Deferred) and added is not None else None
+        joined = join(scope.launcher, residual, added, module.weight, eps, late, product, total)
+        if isinstance(x, Deferred):
+            x.done()
+        scope.inputs.offer(joined.normal, maker, product, joined.prepared)
+        return joined.normal
 
     return forward
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.finish() if isinstance(x, Deferred) else x
 
 
 def fuse_rotary(fused: Fused, model: nn.Module) -> None:
@@ -137,9 +161,21 @@ def _rotary(scope: Scope, home: ModuleType, shares: frozenset[int]) -> Callable[
             return original(q, k, cos, sin, *rest, **options)
         if q.shape[3] // cos.shape[2] not in shares:
             return original(q, k, cos, sin, *rest, **options)
-        return dense.rotate(scope.launcher, q, k, cos, sin)
+        return _put_off(scope, q, k, cos, sin)
 
     return rotate
+
+
+def _put_off(scope: Scope, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys that are rotated by attention itself, or when somebody else looks."""
+    results = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k)]
+
+    def compute() -> None:
+        for target, found in zip(results, dense.rotate(scope.launcher, q, k, cos, sin), strict=True):
+            target.copy_(found)
+
+    states = [Deferred.of(target, Rotated(x, cos, sin), compute) for target, x in zip(results, (q, k), strict=True)]
+    return states[0], states[1]
 
 
 def fuse_cache(fused: Fused) -> None:
@@ -153,16 +189,26 @@ def fuse_cache(fused: Fused) -> None:
             fused.declined("cache layers", f"layer {number} is a {type(layer).__name__}")
 
 
+def _append(launcher: Launcher, k: Tensor, v: Tensor, target: tuple[Tensor, Tensor, Tensor]) -> None:
+    dense.append(launcher, _plain(k), v, *target)
+
+
 def _update(scope: Scope, layer: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     original = layer.update
 
     def update(k: Tensor, v: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if not scope.entered or k.shape[2] > MOST_TOKENS or not layer.is_initialized:
-            return original(k, v, *rest, **options)
+            return original(_plain(k), v, *rest, **options)
         target = (layer.keys, layer.values, layer.cumulative_length)
-        if dense.append_refuses(k, v, *target):
-            return original(k, v, *rest, **options)
-        dense.append(scope.launcher, k, v, *target)
-        return layer.keys, layer.values
+        raw = k.memory if isinstance(k, Deferred) else k
+        if dense.append_refuses(raw, v, *target):
+            return original(_plain(k), v, *rest, **options)
+        recipe = k.recipe if isinstance(k, Deferred) else None
+        if not isinstance(recipe, Rotated):
+            dense.append(scope.launcher, _plain(k), v, *target)
+            return layer.keys, layer.values
+        grown = partial(_append, scope.launcher, k, v, target)
+        keys, values = Deferred.together(target[:2], Appended(recipe, v, layer.cumulative_length), grown)
+        return keys, values
 
     return update

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeflow.artifact.layout import ALIGNMENT
 from moeflow.artifact.matrix import dequantize, parts_of
-from moeflow.kernels.gemv import MOST_TOKENS, Gemv, Jobs, Prepared, unsupported
+from moeflow.kernels.gemv import MOST_TOKENS, Gemv, Jobs, unsupported
 from moeflow.kernels.launcher import Launcher
 from moeflow.kernels.unpack import PIECE, Unpacker, Workspace
-from moeflow.schema import PackedMatrix
+from moeflow.model.inputs import Inputs
+from moeflow.schema import PackedMatrix, Segment
 
-__all__ = ["PackedLinear", "use_kernels"]
+__all__ = ["Merged", "PackedLinear", "merge", "use_kernels"]
 
 
 class PackedLinear(nn.Module):
@@ -29,10 +32,12 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = matrix.columns, matrix.rows
         self.register_buffer("blob", blob)  # uint8, the matrix's parts at their offsets
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        self.launcher: Launcher | None = None
+        self.gemv: Gemv | None = None
         self._unpacker: Unpacker | None = None
         self._workspace: Workspace | None = None
-        self._gemv: Gemv | None = None
-        self._inputs = _Inputs()
+        self.merged: Merged | None = None
+        self._inputs = Inputs()
 
     @property
     def weight(self) -> Tensor:
@@ -44,47 +49,145 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x [..., in]."""
         tokens = x.numel() // self.in_features
-        if self._gemv is None or tokens > MOST_TOKENS:
+        if self.gemv is None or tokens > MOST_TOKENS:
             weight = self.weight if self._unpacker is None else self._unpacker(self.blob, self._workspace)
             return functional.linear(x, weight, self.bias)
-        prepared = self._inputs.prepare(self._gemv, x)
-        starts, lists = (None, None) if tokens == 1 else self._inputs.lists(tokens, x.device)
-        jobs = Jobs(self.blob[None], None, tokens, 1, starts, lists)
-        out = self._gemv.multiply(prepared, jobs, tokens, x.dtype).view(*x.shape[:-1], self.out_features)
+        out = self.merged.product(self, x, self._inputs) if self.merged is not None else None
+        if out is None:
+            out = multiply(self.gemv, self.blob, x, self._inputs, self)
+        out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
-    def attach(self, launcher: Launcher, inputs: _Inputs, workspace: Workspace) -> None:
+    def attach(self, launcher: Launcher, inputs: Inputs, workspace: Workspace | None = None) -> None:
         """Multiply by kernels from now on, sharing prepared inputs with the layers that hold the same `inputs`."""
-        if self.matrix.columns % PIECE == 0:
-            self._unpacker, self._workspace = Unpacker(launcher, self.matrix, self.dtype), workspace
+        self.launcher, self._workspace = launcher, workspace
         if unsupported(self.matrix) is None:
-            self._gemv, self._inputs = Gemv(launcher, self.matrix, self.blob.device), inputs
+            self._inputs = inputs
+        self.move(self.matrix, self.blob)
+
+    def move(self, matrix: PackedMatrix, blob: Tensor) -> None:
+        """The same weight at another place."""
+        self.matrix, self.blob = matrix, blob
+        assert self.launcher is not None, "only layers that multiply by kernels move"
+        if unsupported(matrix) is None:
+            self.gemv = Gemv(self.launcher, matrix, blob.device)
+        if matrix.columns % PIECE == 0:
+            self._unpacker = Unpacker(self.launcher, matrix, self.dtype)
 
 
-class _Inputs:
-    """The last input, prepared: query, key and value projections are given the same tensor one after another."""
-
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], object, Prepared] | None = None
-        self._lists: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def prepare(self, gemv: Gemv, x: Tensor) -> Prepared:
-        if self._last is not None and self._last[0]() is x and self._last[1] == gemv.layout:
-            return self._last[2]
-        prepared = gemv.prepare(x.reshape(-1, x.shape[-1]).contiguous())
-        self._last = (weakref.ref(x), gemv.layout, prepared)
-        return prepared
-
-    def lists(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        if tokens not in self._lists:
-            order = torch.arange(tokens, dtype=torch.int32, device=device)
-            self._lists[tokens] = torch.tensor([0, tokens], dtype=torch.int32, device=device), order
-        return self._lists[tokens]
+def multiply(gemv: Gemv, blob: Tensor, x: Tensor, inputs: Inputs, reader: PackedLinear | None = None) -> Tensor:
+    """A packed matrix times x [..., K]: [T, N]."""
+    tokens = x.numel() // gemv.matrix.columns
+    prepared = inputs.prepare(gemv, x, reader)
+    starts, lists = (None, None) if tokens == 1 else inputs.lists(tokens, x.device)
+    return gemv.multiply(prepared, Jobs(blob[None], None, tokens, 1, starts, lists), tokens, x.dtype)
 
 
-def use_kernels(model: nn.Module, launcher: Launcher, workspace: Workspace) -> None:
-    """Let all packed layers of `model` multiply by kernels; `workspace` is for passes of many tokens."""
-    shared: dict[str, _Inputs] = {}
-    for name, module in model.named_modules():
+class Merged:
+    """Layers that are given the same input, as one matrix of all their rows: one launch for all of them.
+
+    The first that is asked computes for the others, which find their columns of the result ready.
+    """
+
+    def __init__(self, members: Sequence[PackedLinear], matrix: PackedMatrix, blob: Tensor):
+        launcher = members[0].launcher
+        assert launcher is not None, "layers without kernels are not merged"
+        self._gemv, self._blob = Gemv(launcher, matrix, blob.device), blob
+        self._columns: dict[int, slice] = {}
+        begin = 0
+        for member in members:
+            self._columns[id(member)] = slice(begin, begin := begin + member.out_features)
+        self._result: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._waiting: set[int] = set()
+
+    def product(self, member: PackedLinear, x: Tensor, inputs: Inputs) -> Tensor | None:
+        """The member's columns [T, N] for x; a member that comes twice computes anew."""
+        ready = self._result if self._result is not None and self._result[0]() is x else None
+        if ready is None or id(member) not in self._waiting:
+            ready = (weakref.ref(x), multiply(self._gemv, self._blob, x, inputs))
+            self._waiting = set(self._columns)
+        self._waiting.discard(id(member))
+        self._result = ready if self._waiting else None
+        return ready[1][:, self._columns[id(member)]]
+
+
+def merge(members: Sequence[PackedLinear], layers: Iterable[PackedLinear] = ()) -> bool:
+    """Join layers that share an input into one product; False if their formats differ.
+
+    `layers`, all of the model, lets the result take the place of the members where they lie in one piece of memory.
+    """
+    first = members[0]
+    if not all(_alike(member, first) for member in members):
+        return False
+    offset, segments = 0, []
+    moved: list[list[Segment]] = [[] for _ in members]
+    for position, segment in enumerate(first.matrix.segments):
+        begin = offset = -(-offset // 16) * 16
+        parts = [member.matrix.segments[position] for member in members]
+        for part, own in zip(parts, moved, strict=True):
+            own.append(part.model_copy(update={"offset": offset}))
+            offset += part.nbytes
+        shape = (sum(part.shape[0] for part in parts), *segment.shape[1:])
+        segments.append(segment.model_copy(update={"offset": begin, "nbytes": offset - begin, "shape": shape}))
+    before = [member.blob.clone() for member in members]
+    blob = _room(members, offset, layers)
+    for member, own, source in zip(members, moved, before, strict=True):
+        for old, new in zip(member.matrix.segments, own, strict=True):
+            blob[new.offset : new.offset + new.nbytes] = source[old.offset : old.offset + old.nbytes]
+        member.move(member.matrix.model_copy(update={"segments": tuple(own)}), blob)
+    names, rows = " + ".join(m.matrix.name for m in members), sum(m.matrix.rows for m in members)
+    matrix = first.matrix.model_copy(update={"name": names, "rows": rows, "segments": tuple(segments)})
+    merged = Merged(members, matrix, blob)
+    for member in members:
+        member.merged = merged
+    return True
+
+
+def _room(members: Sequence[PackedLinear], nbytes: int, layers: Iterable[PackedLinear]) -> Tensor:
+    """Memory for the members as one matrix: where they were, if the layers between them can move up; else new."""
+
+    def span(layer: PackedLinear) -> tuple[int, int]:
+        begin = int(layer.blob.storage_offset())
+        return begin, begin + _padded(layer.blob.nbytes)
+
+    def piece(layer: PackedLinear) -> int:
+        return layer.blob.untyped_storage().data_ptr()
+
+    home = piece(members[0])
+    spans = [span(member) for member in members]
+    begin, end = min(s[0] for s in spans), max(s[1] for s in spans)
+    between = [y for y in layers if piece(y) == home and begin <= span(y)[0] < end and y not in members]
+    needed = _padded(nbytes) + sum(_padded(layer.blob.nbytes) for layer in between)
+    movable = all(piece(member) == home for member in members) and all(y.merged is None for y in between)
+    if not movable or needed > end - begin or end > members[0].blob.untyped_storage().nbytes():
+        return torch.empty(nbytes, dtype=torch.uint8, device=members[0].blob.device)
+    room = members[0].blob.as_strided((end - begin,), (1,), begin)
+    place = _padded(nbytes)
+    for layer, copy in [(layer, layer.blob.clone()) for layer in between]:
+        layer.move(layer.matrix, room[place : place + copy.nbytes].copy_(copy))
+        place += _padded(copy.nbytes)
+    return room[:nbytes]
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _alike(member: PackedLinear, first: PackedLinear) -> bool:
+    """Whether the rows of one may follow those of the other, part by part."""
+    if member.gemv is None or first.gemv is None or member.merged is not None or member.dtype != first.dtype:
+        return False
+    parts = [[(s.part, s.dtype, s.shape[1:]) for s in m.matrix.segments] for m in (member, first)]
+    return member.gemv.layout == first.gemv.layout and parts[0] == parts[1]
+
+
+def use_kernels(model: nn.Module, launcher: Launcher, workspace: Workspace | None = None) -> Inputs:
+    """Let all packed layers of `model` multiply by kernels; returns what they share.
+
+    `workspace` is for passes of many tokens.
+    """
+    inputs = Inputs()
+    for module in model.modules():
         if isinstance(module, PackedLinear):
-            module.attach(launcher, shared.setdefault(name.rpartition(".")[0], _Inputs()), workspace)
+            module.attach(launcher, inputs, workspace)
+    return inputs

@@ -41,6 +41,14 @@ class DecodeStep:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
+    def learn(self, arrange: Callable[[], object]) -> None:
+        """Make two passes, the second of which has all fused parts, and `arrange` what they showed."""
+        for _ in range(2):
+            self._pass()
+            self._cache.reset()
+        arrange()
+
+    @torch.inference_mode()
     def capture(self) -> None:
         """Record the step; leaves caches in an arbitrary state, to be reset by the caller.
 

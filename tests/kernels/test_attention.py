@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from attention_checks import BOUNDS, check, oracle, random_case
+from attention_checks import BOUNDS, check, check_fresh, oracle, random_case
 
 from moeflow.kernels.attention import Attention, Shape
 from moeflow.kernels.launcher import Launcher
@@ -41,6 +41,17 @@ def test_shares_of_several_tiles(length: int) -> None:
     case = random_case(heads=1, group=1, width=8, capacity=4300, length=length)
     assert Shape.of(*case[:3]).splits == 64
     check(launcher(), *case)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 128, 129, 193])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_own_keys_are_rotated_and_appended_on_the_way(length: int, tokens: int, dtype: torch.dtype) -> None:
+    length = max(length, tokens)
+    shape = {"heads": 2, "group": random.choice([1, 4, 12]), "width": random.choice([16, 32, 128])}
+    case = random_case(**shape, values=random.choice([16, 24]), tokens=tokens, dtype=dtype, length=length)
+    windows, sinks = random.choice([None, 5, 70]), random.choice([None, torch.randn(2 * shape["group"]).to(dtype)])
+    check_fresh(launcher(random.choice(emulator.ORDERS)), *case, random.random() < 0.5, windows, sinks)
 
 
 @pytest.mark.parametrize("widths", [(8, 8), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (128, 192)])

@@ -1,6 +1,6 @@
 // Activations on their way into and out of packed matrices: prepared for `gemv`, gated between the two of an expert,
 // and summed by the router's weights.
-#include "format.cuh"
+#include "lay_out.cuh"
 
 // What `prepare` reads: INPUT as it is, or the two halves of a gate_up product through the expert's activation.
 #define PLAIN 0
@@ -67,60 +67,12 @@ prepare(const void* x, uint4* pieces, float* scales, float* sums, long long colu
     const int quad = blockIdx.x * blockDim.x + threadIdx.x;
     const int chunks = columns / CHUNK, padded = (chunks + 31) / 32 * 32;
     const bool inside = quad * 4 < columns;
-    const int c = quad * 4 / CHUNK, at = quad * 4 % CHUNK;   // chunk, and first column within it
     float v[4] = {0.f, 0.f, 0.f, 0.f};
     if (inside)
 #pragma unroll
         for (int i = 0; i < 4; i++) v[i] = gated(x, row, quad * 4 + i, columns, limit, alpha);
-    uint4* target = pieces + (long long)row * padded * VECTORS;
-#if KIND == DENSE
-    if (inside) {
-        const uint4 four = {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])};
-        target[piece(c, at / 4)] = four;
-    }
-#else
-    float largest = fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
-    float bad = 0.f * v[0] + 0.f * v[1] + 0.f * v[2] + 0.f * v[3];   // NaN where a number is none
-#pragma unroll
-    for (int o = CHUNK / 8; o; o >>= 1) {
-        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, o));
-        bad += __shfl_xor_sync(0xFFFFFFFFu, bad, o);
-    }
-#if KIND == CODEBOOK
-    const float scale = largest > TINY ? largest : 1.f;
-    if (inside) {
-        unsigned* halves = (unsigned*)&target[piece(c, at / 8)] + at % 8 / 2;
-        halves[0] = float2_to_h2(v[0] / scale, v[1] / scale);
-        halves[1] = float2_to_h2(v[2] / scale, v[3] / scale);
-        if (at == 0) scales[(long long)row * chunks + c] = scale + bad;
-    }
-#else
-    const float scale = largest > TINY ? largest / FULL_SCALE : 1.f;
-    int total = 0;
-    if (inside) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int number = __float2int_rn(v[i] / scale);
-            const int high = (number + 128) >> 8, low = number - high * 256;
-            total += number;
-            // Byte `b` of group `f` of word `w` is the column that byte `b` of the word holds in field `f`.
-            const int column = at + i, w = column / COLUMNS_PER_WORD, rest = column % COLUMNS_PER_WORD;
-            const int b = rest / FIELDS, f = rest % FIELDS;
-            const int group = w * 2 * FIELDS + f;             // of the chunk's integers; low bytes FIELDS further
-            signed char* bytes = (signed char*)&target[piece(c, group / 4)];
-            signed char* low_bytes = (signed char*)&target[piece(c, (group + FIELDS) / 4)];
-            bytes[group % 4 * 4 + b] = (signed char)high;
-            low_bytes[(group + FIELDS) % 4 * 4 + b] = (signed char)low;
-        }
-        if (at == 0) scales[(long long)row * chunks + c] = scale + bad;
-    }
-#if KIND == AFFINE
-#pragma unroll
-    for (int o = UNIT / 8; o; o >>= 1) total += __shfl_xor_sync(0xFFFFFFFFu, total, o);
-    if (inside && at % UNIT == 0) sums[((long long)row * chunks + c) * UNITS + at / UNIT] = (float)total;
-#endif
-#endif
-#endif
+    lay_out(v, quad * 4, inside, pieces + (long long)row * padded * VECTORS, scales + (long long)row * chunks,
+            sums + (long long)row * chunks * UNITS);
 }
 
 // out[t] = sum over i of weights[t, i] * y[t * top_k + i], in the router's order, in float32, rounded once to OUTPUT.
