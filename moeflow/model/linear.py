@@ -17,7 +17,7 @@ from moeflow.kernels.unpack import PIECE, Unpacker, Workspace
 from moeflow.model.inputs import Inputs
 from moeflow.schema import PackedMatrix, Segment
 
-__all__ = ["Merged", "PackedLinear", "merge", "use_kernels"]
+__all__ = ["Merged", "PackedLinear", "merge", "multiply", "use_kernels"]
 
 
 class PackedLinear(nn.Module):
