@@ -111,7 +111,10 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
     routes = _routes(manifest, plan, settings)
     with Engine(artifact, plan, launcher=settings.launcher, routes=routes, store=store) as engine:
         run = _Run(engine, settings)
-        first = run.prefill()
+        run.prefill()  # thrown away, for what is compiled and allocated in it
+        engine.empty_cache()
+        cold, cold_traffic = run.prefill()
+        first, first_traffic = run.prefill()
         run.decode(_warm_up(plan, settings))
         before, wasted_before = engine.traffic, engine.wasted_bytes
         seconds = run.decode(settings.tokens)
@@ -143,13 +146,15 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
             "note": note,
             "tokens_per_second": settings.tokens / seconds,
             "time_to_first_token": first,
+            "cold_time_to_first_token": cold,
             "hit_rate": decode.hit_rate if decode.uses and plan.strategy in ("full", "no-prefetch") else None,
             "missed_bytes": decode.missed_bytes * per_token,
             "guessed_bytes": decode.guessed_bytes * per_token if guessing else None,
             "wasted_bytes": wasted * per_token if guessing and wasted is not None else None,
             "streamed_bytes": decode.streamed_bytes * per_token,
             "read_bytes": reads,
-            "prefill_bytes": run.prefill_traffic.moved_bytes,
+            "prefill_bytes": first_traffic.moved_bytes,
+            "cold_prefill_bytes": cold_traffic.moved_bytes,
             "guesses": decode.guesses if guessing else None,
             "guesses_used": decode.guesses_used if guessing else None,
             "memory_planned": plan.memory.total,
@@ -213,18 +218,15 @@ class _Run:
         self._prompt = np.random.default_rng(settings.seed).integers(0, engine.vocabulary, settings.prompt).tolist()
         self._session = engine.session()
         self._token = 0
-        self.prefill_traffic = Traffic()
 
-    def prefill(self) -> float:
-        """Seconds to the first token; the first pass is thrown away, for what is compiled and allocated in it."""
-        for _ in range(2):
-            self._session = self._engine.session()
-            before = self._engine.traffic
-            begin = time.perf_counter()
-            self._token = int(self._session.prefill(self._prompt).argmax())
-            seconds = time.perf_counter() - begin
-            self.prefill_traffic = self._engine.traffic.since(before)
-        return seconds
+    def prefill(self) -> tuple[float, Traffic]:
+        """Seconds to the first token, and what the link carried for it."""
+        self._session = self._engine.session()
+        before = self._engine.traffic  # waits for the device
+        begin = time.perf_counter()
+        self._token = int(self._session.prefill(self._prompt).argmax())
+        seconds = time.perf_counter() - begin
+        return seconds, self._engine.traffic.since(before)
 
     def decode(self, tokens: int) -> float:
         """Seconds for so many tokens; each is read by the host, as text needs it."""

@@ -181,8 +181,7 @@ class Engine:
         try:
             return self._execution.forward(ids, cache, last)
         except BaseException as error:  # an abandoned pass leaves copies under way and buffers without an owner
-            self._link.drain()
-            self._execution.runner.reset()
+            self.empty_cache()
             if isinstance(error, torch.OutOfMemoryError):
                 held = torch.cuda.memory_reserved() if self.device.type == "cuda" else 0
                 raise CapacityError(refusal(self.plan, held)) from error
@@ -225,10 +224,7 @@ class Engine:
         seed: int | None = None,
         session: Session | None = None,
     ) -> Iterator[str]:
-        """Yield the answer piece by piece; `stats` is complete when it ends.
-
-        Arguments are those of `generate`.
-        """
+        """Yield the answer to what `generate` takes, piece by piece; `stats` is complete when it ends."""
         tokens = self._tokens(text_or_ids, max_new_tokens, temperature, top_k, top_p, seed, session)
         return (piece for _, piece in self._text.pieces(tokens.prompt, tokens) if piece)
 
@@ -319,6 +315,11 @@ class Engine:
     def _check_open(self) -> None:
         if self._model is None:
             raise UsageError("the engine is closed; load the artifact again")
+
+    def empty_cache(self) -> None:
+        """Forget every cached expert, as if none had been used yet."""
+        self._link.drain()
+        self._execution.runner.reset()
 
     # -- life ---------------------------------------------------------------------------------------------
 

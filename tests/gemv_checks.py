@@ -10,7 +10,7 @@ from moeflow.artifact.layout import packed_matrix
 from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.gemv import Gate, Gemv, Jobs
 from moeflow.kernels.launcher import Launcher
-from moeflow.kernels.unpack import unpack
+from moeflow.kernels.unpack import Unpacker, Workspace
 from moeflow.schema import BitsAndBytesScheme, DenseScheme, HqqScheme, PackedMatrix, Scheme
 
 FORMATS = [
@@ -133,4 +133,6 @@ def check_unpack(launcher: Launcher, device: torch.device, name: str, rows: int,
     blob = random_pool(matrix, 1)[0]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         expected = dequantize(matrix, parts_of(matrix, blob), dtype)
-        assert torch.equal(unpack(launcher, matrix, blob.to(device), dtype).cpu(), expected), (name, dtype)
+        unpack, workspace = Unpacker(launcher, matrix, dtype), Workspace([matrix], dtype, device)
+        assert torch.equal(unpack(blob.to(device)).cpu(), expected), (name, dtype)
+        assert torch.equal(unpack(blob.to(device), workspace).cpu(), expected), (name, dtype)

@@ -47,6 +47,10 @@ def test_rows_count_what_was_moved(execution: str) -> None:
     chosen = settings(execution, rows=("full", "no-prefetch"), all_hits=True, recall=1.0, launcher=launcher)
     full, cached, hits = run_rows(source, resolve_hardware("cpu-2-cores"), chosen)
     blob = source.manifest.layouts[0].nbytes
+    for row in (full, cached, hits):
+        assert row.cold_time_to_first_token and row.time_to_first_token
+        assert row.cold_prefill_bytes == 8 * 3 * blob  # of 8 experts in each of 3 layers
+        assert row.prefill_bytes == 4 * 3 * blob if row is not hits else row.prefill_bytes < 3 * 3 * blob
     assert {row.execution for row in (full, cached, hits)} == {execution}
     assert full.synthetic and full.routing == "uniform" and full.recall == 1.0 and cached.recall is None
     assert full.tokens_per_second and full.time_to_first_token and full.read_bytes

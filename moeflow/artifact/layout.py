@@ -14,7 +14,7 @@ from moeflow.errors import DocumentError
 from moeflow.schema import BitsAndBytesScheme, BlobLayout, DenseScheme, HqqScheme, PackedMatrix, Scheme, Segment
 from moeflow.schema.quantization import META_BLOCK
 
-__all__ = ["PAGE", "packed_matrix", "blob_layout", "expert_layout"]
+__all__ = ["ALIGNMENT", "PAGE", "packed_matrix", "blob_layout", "expert_layout"]
 
 PAGE = 4096
 ALIGNMENT = 256  # of every part inside a blob: a warp's widest row of 16-byte loads is 512, a sector 32

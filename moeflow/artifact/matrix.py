@@ -7,12 +7,21 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moeflow.artifact.layout import ALIGNMENT
 from moeflow.kernels.dequantize import affine, codebook, pairs, row_scaled
 from moeflow.kernels.packing import pack
 from moeflow.quantization.base import Codes, Quantizer
 from moeflow.schema import BitsAndBytesScheme, DenseScheme, PackedMatrix, Segment
 
-__all__ = ["encode", "segment_view", "parts_of", "dequantize"]
+__all__ = ["allocate_blobs", "encode", "segment_view", "parts_of", "dequantize"]
+
+
+def allocate_blobs(matrices: Sequence[PackedMatrix], device: torch.device) -> dict[str, Tensor]:
+    """Memory for each matrix's parts, by name, all in one piece: an allocator rounds up each that it is asked for."""
+    sizes = [max(s.offset + s.nbytes for s in m.segments) for m in matrices]
+    padded = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in sizes]
+    pieces = torch.split(torch.empty(sum(padded), dtype=torch.uint8, device=device), padded)
+    return {m.name: piece[:nbytes] for m, piece, nbytes in zip(matrices, pieces, sizes, strict=True)}
 
 
 def segment_view(blob: Tensor, segment: Segment) -> Tensor:

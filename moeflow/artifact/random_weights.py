@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.artifact.matrix import parts_of
+from moeflow.artifact.matrix import allocate_blobs, parts_of
 from moeflow.artifact.reader import Artifact
 from moeflow.artifact.synthetic import synthetic_checkpoint, synthetic_manifest
 from moeflow.schema import BlobLayout, PackedMatrix, Quantization
@@ -83,11 +83,11 @@ class RandomArtifact(Artifact):
         self, device: torch.device, dtypes: Mapping[str, torch.dtype]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Random tensors for all that is always on the device: parameters, and packed matrices' blobs by name."""
-        packed = {}
+        packed = allocate_blobs(self.manifest.resident, device)
         for matrix in self.manifest.resident:
-            blob = torch.zeros(max(s.offset + s.nbytes for s in matrix.segments), dtype=torch.uint8)
+            blob = torch.zeros(packed[matrix.name].nbytes, dtype=torch.uint8)
             self._fill(matrix, blob)
-            packed[matrix.name] = blob.to(device)
+            packed[matrix.name].copy_(blob)
         random = torch.Generator(device).manual_seed(0)
         dense = {}
         for name, stored in self._checkpoint.resident.items():

@@ -5,6 +5,8 @@ For products with many tokens: dequantize, then the library's matrix product. Bi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -12,25 +14,56 @@ from moeflow.kernels.gemv import DTYPES, Format
 from moeflow.kernels.launcher import Launcher
 from moeflow.schema import PackedMatrix
 
-__all__ = ["unpack"]
+__all__ = ["PIECE", "Unpacker", "Workspace"]
 
-THREADS = 256
-COLUMNS = 8  # of a thread
+THREADS, TURNS = 256, 4  # unpack.cu's
+PIECE = 8  # columns of a store: what a row must be a multiple of
 
 
-def unpack(launcher: Launcher, matrix: PackedMatrix, blob: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] in `dtype`, on the device of `blob` (uint8, the matrix's parts at their offsets)."""
-    form = Format.of(matrix)
-    if form.kind == "DENSE":
-        segment = next(s for s in matrix.segments if s.part == "dense")
-        raw = blob[segment.offset : segment.offset + segment.nbytes]
-        stored: torch.dtype = getattr(torch, segment.dtype)
-        return raw.view(stored).view(segment.shape).to(dtype)
-    out = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=blob.device)
-    kernel = launcher.kernel("unpack.cu", "unpack", {**form.defines, "OUTPUT": DTYPES[dtype]})
-    codes, high, scales, steps, _ = form.offsets(matrix)
-    grid = (matrix.rows, -(-matrix.columns // (COLUMNS * THREADS)), 1)  # a head may have more than 65,535 rows
-    kernel(
-        grid, THREADS, blob, codes, high, scales, steps, form.codebook(blob.device), out, matrix.rows, matrix.columns
-    )
-    return out
+class Workspace:
+    """Memory for one unpacked matrix at a time: whoever takes it takes it from the one before, in the stream's order.
+
+    A model's matrices are multiplied one after another, so one piece of the largest's size serves all of them, and
+    nothing is allocated between kernels.
+    """
+
+    def __init__(self, matrices: Iterable[PackedMatrix], dtype: torch.dtype, device: torch.device):
+        """Room for any of `matrices` in `dtype`; those that are stored as plain numbers need none."""
+        sizes = (m.rows * m.columns for m in matrices if Format.of(m).kind != "DENSE")
+        self._memory = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns], filled with what was there."""
+        return self._memory[: rows * columns].view(rows, columns)
+
+
+class Unpacker:
+    """One matrix shape in one dtype, ready to be unpacked."""
+
+    def __init__(self, launcher: Launcher, matrix: PackedMatrix, dtype: torch.dtype):
+        self.matrix = matrix
+        self._launcher = launcher
+        self._format = Format.of(matrix)
+        self._offsets = self._format.offsets(matrix)[:4]
+        self._dtype = dtype
+        self._defines = {**self._format.defines, "OUTPUT": DTYPES[dtype]}
+        self._dense = next((s for s in matrix.segments if s.part == "dense"), None)
+
+    def __call__(self, blob: Tensor, workspace: Workspace | None = None) -> Tensor:
+        """The matrix [N, K], on the device of `blob` (uint8, the matrix's parts at their offsets).
+
+        In `workspace` if there is one; a matrix of plain numbers stays where it is if it has the dtype.
+        """
+        rows, columns = self.matrix.rows, self.matrix.columns
+        if self._dense is not None:
+            raw = blob[self._dense.offset : self._dense.offset + self._dense.nbytes]
+            stored: torch.dtype = getattr(torch, self._dense.dtype)
+            return raw.view(stored).view(rows, columns).to(self._dtype)
+        if workspace is None:
+            out = torch.empty(rows, columns, dtype=self._dtype, device=blob.device)
+        else:
+            out = workspace.take(rows, columns)
+        kernel = self._launcher.kernel("unpack.cu", "unpack", self._defines)
+        blocks = -(-rows * columns // (PIECE * THREADS * TURNS))
+        kernel(blocks, THREADS, blob, *self._offsets, self._format.codebook(blob.device), out, rows, columns)
+        return out

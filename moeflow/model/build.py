@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeflow.artifact.matrix import segment_view
+from moeflow.artifact.matrix import allocate_blobs, segment_view
 from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.artifact.reader import Artifact
 from moeflow.errors import ArtifactError
@@ -81,15 +81,15 @@ def _stored(
     manifest = artifact.manifest
     artifact.resident_header()  # a truncated file is reported by us, with numbers
     parts = {f"{m.name}.{s.part}" for m in manifest.resident for s in m.segments}
-    packed = {}
+    packed = allocate_blobs(manifest.resident, device)
     with safe_open(artifact.directory / manifest.resident_shard, framework="pt") as reader:
         names = [n for n in reader.keys() if n not in parts]  # noqa: SIM118
         dense = {n: reader.get_tensor(n).to(device, dtypes.get(n)) for n in names}
         for matrix in manifest.resident:
-            blob = torch.zeros(max(s.offset + s.nbytes for s in matrix.segments), dtype=torch.uint8)
+            blob = torch.zeros(packed[matrix.name].nbytes, dtype=torch.uint8)
             for segment in matrix.segments:
                 segment_view(blob, segment).copy_(reader.get_tensor(f"{matrix.name}.{segment.part}"))
-            packed[matrix.name] = blob.to(device)
+            packed[matrix.name].copy_(blob)
     return dense, packed
 
 

@@ -71,12 +71,21 @@ class DeviceRunner:
         self.deferring: Callable[[], bool] = bool
         """Whether somebody may take over the experts' sum."""
 
+    def expect(self, tokens: int) -> None:
+        """A pass of so many tokens begins; before the model, so that the copies for a long one start first."""
+        choices = tokens * self._manifest.model.top_k
+        if self._streams(tokens, choices):
+            self._many.expect(choices)
+
+    def _streams(self, tokens: int, choices: int) -> bool:
+        return tokens > MOST_TOKENS or choices > self.cache.most_choices
+
     def run(self, layer: int, module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
         """As `ExpertRunner.run`."""
         tokens = hidden_states.shape[0]
         if self.routes is not None:
             top_k_index = self.routes.chosen(layer, top_k_index)
-        if tokens > MOST_TOKENS or top_k_index.numel() > self.cache.most_choices:
+        if self._streams(tokens, top_k_index.numel()):
             return self._many.run(layer, module, hidden_states, top_k_index, weights)
         cache, lanes = self.cache, self.lanes
         if self._guess is not None:

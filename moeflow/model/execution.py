@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from moeflow.errors import DeviceError
 from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Launcher
+from moeflow.kernels.unpack import Workspace
 from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.fused import fuse
 from moeflow.model.fused_positions import fuse_positions
 from moeflow.model.kv import GrowingKv, KvCache, StaticKv, cache_argument, make_static
-from moeflow.model.linear import merge, use_kernels
+from moeflow.model.linear import PackedLinear, merge, use_kernels
 from moeflow.model.steps import Steps
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache
@@ -116,11 +117,12 @@ class DeviceExecution:
         self._cache = DeviceCache(manifest, plan, launcher, sources, device)
         if self._cache.most_choices < top_k:
             raise DeviceError(f"{plan.staging_slots} landing buffers; one step needs {top_k + self._cache.guesses}")
+        dtype: torch.dtype = getattr(torch, plan.dtype)
+        packed = [*manifest.resident, *(m for layout in manifest.layouts for m in layout.matrices)]
+        self._workspace = Workspace(packed, dtype, device)
         self._streamed = Traffic()
         stream = LayerStream(manifest, link, device, self._streamed)
-        many = ExpertRunner(
-            manifest, plan, self._cache, stream, getattr(torch, plan.dtype), launcher, always_stream=True
-        )
+        many = ExpertRunner(manifest, plan, self._cache, stream, dtype, launcher, self._workspace, always_stream=True)
         self.runner = DeviceRunner(manifest, self._cache, launcher, many)
         self._plan, self._launcher, self._device = plan, launcher, device
         self._lease: StaticKv | None = None
@@ -142,7 +144,7 @@ class DeviceExecution:
         Raises:
             RuntimeError: an operation of the model cannot be captured.
         """
-        inputs = use_kernels(model, self._launcher)
+        inputs = use_kernels(model, self._launcher, self._workspace)
         self._model = model
         self._kv = make_static(self._model.config, self._plan.context_length, self._device)
         self.fused = fuse(model, self._launcher, self._kv, inputs)
@@ -152,7 +154,8 @@ class DeviceExecution:
         most = max(1, min(MOST_TOKENS, self._cache.most_choices // self._top_k))
         runner, uncounted = self.runner, self._cache.uncounted
         self.steps = Steps(model, self._kv, self._device, self.fused.active, most, uncounted, runner.reset)
-        self.steps.single.learn(lambda: [merge(family) for family in inputs.families()])
+        layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        self.steps.single.learn(lambda: [merge(family, layers) for family in inputs.families()])
         self.steps.capture()
         inputs.freeze()
         self.runner.reset()
@@ -172,6 +175,7 @@ class DeviceExecution:
         else:
             inputs = torch.tensor([list(ids)], device=self._device)
             positions = torch.arange(kv.length, kv.length + len(ids), device=self._device)[None]
+            self.runner.expect(len(ids))  # behind the ids: their copy would wait for those of whole layers
             named = {cache_argument(self._model): kv.cache}
             output = self._model(input_ids=inputs, position_ids=positions, use_cache=True, logits_to_keep=last, **named)
             logits = output.logits[0]

@@ -8,22 +8,22 @@ size, policy and guesses cannot change a single bit of the output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.launcher import Launcher
-from moeflow.kernels.unpack import unpack
+from moeflow.kernels.unpack import Unpacker, Workspace
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache
 from moeflow.offload.predictor import NextGate
 from moeflow.offload.stream import LayerStream
-from moeflow.schema import BlobLayout, Manifest, PackedMatrix, Plan
+from moeflow.schema import Manifest, PackedMatrix, Plan
 
 __all__ = ["ExpertRunner", "IMPLEMENTATION", "offloaded_experts"]
 
@@ -44,15 +44,21 @@ class ExpertRunner:
         stream: LayerStream | None,
         dtype: torch.dtype,
         launcher: Launcher | None = None,
+        workspace: Workspace | None = None,
         always_stream: bool = False,
     ):
-        """With a launcher, blobs are unpacked by a kernel; a cache that only the device reads needs `always_stream`."""
+        """With a launcher, blobs are unpacked by a kernel, into `workspace`; a cache that only the device reads needs
+        `always_stream`."""
         self.manifest = manifest
         self.plan = plan
         self.cache = cache
         self.stream = stream
         self.dtype = dtype
-        self._launcher = launcher
+        self._workspace = workspace
+        self._unpackers: list[list[Unpacker]] | None = None
+        if launcher is not None:
+            self._unpackers = [[Unpacker(launcher, m, dtype) for m in y.matrices] for y in manifest.layouts]
+        self._cached: Sequence[Mapping[int, Tensor]] | None = None  # as the pass under way found the cache
         self._always_stream = always_stream or plan.strategy == "naive"
         self.predictor: NextGate | ForcedRoutes | None = None
         self.routes: ForcedRoutes | None = None
@@ -72,22 +78,36 @@ class ExpertRunner:
         """
         if self.routes is not None:
             top_k_index = self.routes.chosen(layer, top_k_index)
-        tokens, top_k = top_k_index.shape
-        stream = self._stream_for(layer, top_k_index.numel())
+        choices = top_k_index.numel()
+        stream = self._stream_for(layer, choices)
+        if stream is not None:  # before anything waits for the router: the link is not to wait with it
+            if self._cached is None:
+                self.expect(choices)
+            self._begin(layer, choices)
+            self._begin(layer + 1, choices)
+        groups = _Groups(hidden_states, top_k_index)
         chosen, guesses = self._ids(layer, hidden_states, top_k_index, guess=stream is None)
-        groups = _Groups(chosen, top_k, top_k_index.device)
-        outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[1])  # [T * K, H]
-        flat_weights = weights.reshape(-1, 1)
-        layout = self.manifest.layout_of(layer)
+        groups.split(chosen)
         for expert, blob in self._blobs(layer, stream, groups.experts, chosen, guesses):
-            users, choices = groups.of(expert)
-            result = self._expert(module, layout, blob, hidden_states[users])
-            outputs[choices] = (result * flat_weights[choices]).to(outputs.dtype)
-        return outputs.view(tokens, top_k, -1).sum(dim=1)
+            self._expert(module, layer, blob, groups.inputs(expert), groups.results(expert))
+        if layer + 1 == len(self.manifest.layers):
+            self._cached = None
+        return groups.sum(weights)
+
+    def expect(self, choices: int) -> None:
+        """A pass begins in which every layer makes so many choices: copies of its first layers start here.
+
+        To be called before the model, so that they travel while the first layer's attention is computed; a pass that
+        is not announced starts them when it comes to them.
+        """
+        self._cached = self.cache.residents()
+        self._begin(0, choices)
+        self._begin(1, choices)
 
     def reset(self) -> None:
         """Start with a cold cache, after a pass that was abandoned midway; no copy may be under way."""
         self.cache.reset()
+        self._cached = None
         if self.stream is not None:
             self.stream.reset()
 
@@ -111,6 +131,13 @@ class ExpertRunner:
         many = choices >= STREAM_CHOICES_PER_EXPERT * self.manifest.layers[layer].experts
         return self.stream if many or self._always_stream else None
 
+    def _begin(self, layer: int, choices: int) -> None:
+        """Start copying what a layer lacks, if there is such a layer and it goes through the stream."""
+        stream = self._stream_for(layer, choices) if layer < len(self.manifest.layers) else None
+        if stream is not None:
+            assert self._cached is not None
+            stream.begin(layer, self._cached[layer])
+
     def _blobs(
         self,
         layer: int,
@@ -127,64 +154,95 @@ class ExpertRunner:
     def _streamed(
         self, stream: LayerStream, layer: int, needed: Sequence[int], chosen: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
-        """Needed experts from the layer's buffer, while the next layer is on its way; then the cache is warmed."""
-        cached = self.cache.resident(layer)
-        stream.begin(layer, cached)
-        if layer + 1 < len(self.manifest.layers):
-            stream.begin(layer + 1, self.cache.resident(layer + 1))
+        """Needed experts from the layer's buffer, while the next layer is on its way.
+
+        Then the cache is warmed, and the buffer is given to the layer after next at once: what was issued until here
+        is all that still reads it.
+        """
+        assert self._cached is not None
         blobs = {}
-        for expert, blob in stream.take(layer, needed, cached):
+        for expert, blob in stream.take(layer, needed, self._cached[layer]):
             blobs[expert] = blob
             yield expert, blob
         recent = list(dict.fromkeys(reversed(chosen)))[: self.plan.cache_slots[layer]]
         self.cache.warm(layer, [(e, blobs[e]) for e in reversed(recent)])
+        self._begin(layer + 2, len(chosen))
 
-    def _expert(self, module: Any, layout: BlobLayout, blob: Tensor, x: Tensor) -> Tensor:
-        """One expert on its tokens x [t, H]."""
-        (gate_up, gate_up_bias), (down, down_bias) = (self._matrix(m, blob) for m in layout.matrices)
-        return functional.linear(module._apply_gate(functional.linear(x, gate_up, gate_up_bias)), down, down_bias)
+    def _expert(self, module: Any, layer: int, blob: Tensor, x: Tensor, out: Tensor) -> None:
+        """One expert on its tokens x [t, H] to out [t, H].
 
-    def _matrix(self, matrix: PackedMatrix, blob: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias."""
-        bias = parts_of(matrix, blob)["bias"].to(self.dtype) if matrix.bias else None
-        return self._weights(matrix, blob), bias
+        One matrix after the other: with a workspace there is room for one.
+        """
+        product = self._product(layer, 0, blob, x)
+        self._product(layer, 1, blob, module._apply_gate(product), out)
 
-    def _weights(self, matrix: PackedMatrix, blob: Tensor) -> Tensor:
-        if self._launcher is not None:
-            return unpack(self._launcher, matrix, blob, self.dtype)
-        return dequantize(matrix, parts_of(matrix, blob), self.dtype)
+    def _product(self, layer: int, index: int, blob: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [t, K] through one of the expert's matrices."""
+        layout = self.manifest.layers[layer].layout
+        matrix = self.manifest.layouts[layout].matrices[index]
+        if self._unpackers is not None:
+            weights = self._unpackers[layout][index](blob, self._workspace)
+        else:
+            weights = dequantize(matrix, parts_of(matrix, blob), self.dtype)
+        if not matrix.bias:
+            return torch.mm(x, weights.T, out=out)
+        return torch.addmm(self._bias(matrix, blob), x, weights.T, out=out)
 
-
-Rows = Tensor | slice
+    def _bias(self, matrix: PackedMatrix, blob: Tensor) -> Tensor:
+        return parts_of(matrix, blob)["bias"].to(self.dtype)
 
 
 class _Groups:
-    """Tokens by expert."""
+    """The choices of a pass, expert by expert: each expert's inputs and results lie side by side.
 
-    def __init__(self, chosen: list[int], top_k: int, device: torch.device):
-        places: dict[int, list[int]] = {}
-        for position, expert in enumerate(chosen):
-            places.setdefault(expert, []).append(position)
-        self.experts = sorted(places)
-        self._places = places
-        self._ranges: dict[int, slice] = {}
-        # one token: slices need no index on the device, whose transfer would stall decoding; but a router that goes by
-        # a table (DeepSeek-V4) may name an expert twice
-        if len(chosen) == top_k == len(places):
+    They are sorted where they are, on the device, and the host only learns how many each expert has. One token is not
+    sorted: all its experts read the same row, and a kernel saved is a tenth of a layer's time there.
+    """
+
+    def __init__(self, hidden_states: Tensor, index: Tensor):
+        """hidden_states [T, H], index [T, K]."""
+        tokens, self._top_k = index.shape
+        self._hidden = hidden_states
+        self._results = hidden_states.new_empty(index.numel(), hidden_states.shape[1])  # [T * K, H]
+        self._order: Tensor | None = None
+        if tokens > 1:
+            self._order = index.reshape(-1).argsort(stable=True)  # [T * K], sorted place -> choice
+            self._hidden = hidden_states.index_select(0, self._order // self._top_k)  # [T * K, H]
+
+    def split(self, chosen: Sequence[int]) -> None:
+        """Take note of the ids [T * K], flat, that `index` holds."""
+        counts = Counter(chosen)
+        self.experts = sorted(counts)
+        self._spans: dict[int, slice] = {}
+        if self._order is None and len(counts) < len(chosen):
+            # A router that goes by a table (DeepSeek-V4) may name an expert twice.
+            self._order = torch.tensor(sorted(range(len(chosen)), key=chosen.__getitem__), device=self._hidden.device)
+            self._hidden = self._hidden.expand(len(chosen), -1)
+        if self._order is None:
+            self._spans = {expert: slice(place, place + 1) for place, expert in enumerate(chosen)}
             return
         end = 0
         for expert in self.experts:
-            self._ranges[expert] = slice(end, end := end + len(places[expert]))
-        self._choices = torch.tensor([p for e in self.experts for p in places[e]], device=device)  # [T * K]
-        self._users = self._choices // top_k
+            self._spans[expert] = slice(end, end := end + counts[expert])
 
-    def of(self, expert: int) -> tuple[Rows, Rows]:
-        """Rows of the hidden states [T] that chose `expert`, and their places among the flat choices [T * K]."""
-        if not self._ranges:
-            place = self._places[expert][0]
-            return slice(0, 1), slice(place, place + 1)
-        span = self._ranges[expert]
-        return self._users[span], self._choices[span]
+    def inputs(self, expert: int) -> Tensor:
+        """[t, H]: of the t choices of `expert`."""
+        return self._hidden if self._order is None else self._hidden[self._spans[expert]]
+
+    def results(self, expert: int) -> Tensor:
+        """[t, H], to be filled."""
+        return self._results[self._spans[expert]]
+
+    def sum(self, weights: Tensor) -> Tensor:
+        """Each token's results [T, H], weighted [T, K] and summed in the router's order."""
+        del self._hidden  # its memory is wanted below
+        results, flat = self._results, weights.reshape(-1, 1)
+        if self._order is None:
+            outputs = (results * flat).to(results.dtype)
+        else:
+            outputs = torch.empty_like(results)
+            outputs[self._order] = (results * flat[self._order]).to(results.dtype)
+        return outputs.view(-1, self._top_k, results.shape[1]).sum(dim=1)
 
 
 def offloaded_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeflow.artifact.layout import ALIGNMENT
 from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.gemv import MOST_TOKENS, Gemv, Jobs, unsupported
 from moeflow.kernels.launcher import Launcher
-from moeflow.kernels.unpack import unpack
+from moeflow.kernels.unpack import PIECE, Unpacker, Workspace
 from moeflow.model.inputs import Inputs
 from moeflow.schema import PackedMatrix, Segment
 
@@ -33,38 +34,45 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         self.launcher: Launcher | None = None
         self.gemv: Gemv | None = None
+        self._unpacker: Unpacker | None = None
+        self._workspace: Workspace | None = None
         self.merged: Merged | None = None
         self._inputs = Inputs()
 
     @property
     def weight(self) -> Tensor:
         """W, dequantized."""
-        if self.launcher is not None:
-            return unpack(self.launcher, self.matrix, self.blob, self.dtype)
+        if self._unpacker is not None:
+            return self._unpacker(self.blob)
         return dequantize(self.matrix, parts_of(self.matrix, self.blob), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x [..., in]."""
         tokens = x.numel() // self.in_features
         if self.gemv is None or tokens > MOST_TOKENS:
-            return functional.linear(x, self.weight, self.bias)
+            weight = self.weight if self._unpacker is None else self._unpacker(self.blob, self._workspace)
+            return functional.linear(x, weight, self.bias)
         out = self.merged.product(self, x, self._inputs) if self.merged is not None else None
         if out is None:
             out = multiply(self.gemv, self.blob, x, self._inputs, self)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
-    def attach(self, launcher: Launcher, inputs: Inputs) -> None:
+    def attach(self, launcher: Launcher, inputs: Inputs, workspace: Workspace | None = None) -> None:
         """Multiply by kernels from now on, sharing prepared inputs with the layers that hold the same `inputs`."""
-        self.launcher = launcher
+        self.launcher, self._workspace = launcher, workspace
         if unsupported(self.matrix) is None:
-            self.gemv, self._inputs = Gemv(launcher, self.matrix, self.blob.device), inputs
+            self._inputs = inputs
+        self.move(self.matrix, self.blob)
 
     def move(self, matrix: PackedMatrix, blob: Tensor) -> None:
         """The same weight at another place."""
         self.matrix, self.blob = matrix, blob
         assert self.launcher is not None, "only layers that multiply by kernels move"
-        self.gemv = Gemv(self.launcher, matrix, blob.device)
+        if unsupported(matrix) is None:
+            self.gemv = Gemv(self.launcher, matrix, blob.device)
+        if matrix.columns % PIECE == 0:
+            self._unpacker = Unpacker(self.launcher, matrix, self.dtype)
 
 
 def multiply(gemv: Gemv, blob: Tensor, x: Tensor, inputs: Inputs, reader: PackedLinear | None = None) -> Tensor:
@@ -103,8 +111,11 @@ class Merged:
         return ready[1][:, self._columns[id(member)]]
 
 
-def merge(members: Sequence[PackedLinear]) -> bool:
-    """Join layers that share an input into one product; False if their formats differ."""
+def merge(members: Sequence[PackedLinear], layers: Iterable[PackedLinear] = ()) -> bool:
+    """Join layers that share an input into one product; False if their formats differ.
+
+    `layers`, all of the model, lets the result take the place of the members where they lie in one piece of memory.
+    """
     first = members[0]
     if not all(_alike(member, first) for member in members):
         return False
@@ -118,10 +129,11 @@ def merge(members: Sequence[PackedLinear]) -> bool:
             offset += part.nbytes
         shape = (sum(part.shape[0] for part in parts), *segment.shape[1:])
         segments.append(segment.model_copy(update={"offset": begin, "nbytes": offset - begin, "shape": shape}))
-    blob = torch.zeros(offset, dtype=torch.uint8, device=first.blob.device)
-    for member, own in zip(members, moved, strict=True):
+    before = [member.blob.clone() for member in members]
+    blob = _room(members, offset, layers)
+    for member, own, source in zip(members, moved, before, strict=True):
         for old, new in zip(member.matrix.segments, own, strict=True):
-            blob[new.offset : new.offset + new.nbytes] = member.blob[old.offset : old.offset + old.nbytes]
+            blob[new.offset : new.offset + new.nbytes] = source[old.offset : old.offset + old.nbytes]
         member.move(member.matrix.model_copy(update={"segments": tuple(own)}), blob)
     names, rows = " + ".join(m.matrix.name for m in members), sum(m.matrix.rows for m in members)
     matrix = first.matrix.model_copy(update={"name": names, "rows": rows, "segments": tuple(segments)})
@@ -129,6 +141,36 @@ def merge(members: Sequence[PackedLinear]) -> bool:
     for member in members:
         member.merged = merged
     return True
+
+
+def _room(members: Sequence[PackedLinear], nbytes: int, layers: Iterable[PackedLinear]) -> Tensor:
+    """Memory for the members as one matrix: where they were, if the layers between them can move up; else new."""
+
+    def span(layer: PackedLinear) -> tuple[int, int]:
+        begin = int(layer.blob.storage_offset())
+        return begin, begin + _padded(layer.blob.nbytes)
+
+    def piece(layer: PackedLinear) -> int:
+        return layer.blob.untyped_storage().data_ptr()
+
+    home = piece(members[0])
+    spans = [span(member) for member in members]
+    begin, end = min(s[0] for s in spans), max(s[1] for s in spans)
+    between = [y for y in layers if piece(y) == home and begin <= span(y)[0] < end and y not in members]
+    needed = _padded(nbytes) + sum(_padded(layer.blob.nbytes) for layer in between)
+    movable = all(piece(member) == home for member in members) and all(y.merged is None for y in between)
+    if not movable or needed > end - begin or end > members[0].blob.untyped_storage().nbytes():
+        return torch.empty(nbytes, dtype=torch.uint8, device=members[0].blob.device)
+    room = members[0].blob.as_strided((end - begin,), (1,), begin)
+    place = _padded(nbytes)
+    for layer, copy in [(layer, layer.blob.clone()) for layer in between]:
+        layer.move(layer.matrix, room[place : place + copy.nbytes].copy_(copy))
+        place += _padded(copy.nbytes)
+    return room[:nbytes]
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _alike(member: PackedLinear, first: PackedLinear) -> bool:
@@ -139,10 +181,13 @@ def _alike(member: PackedLinear, first: PackedLinear) -> bool:
     return member.gemv.layout == first.gemv.layout and parts[0] == parts[1]
 
 
-def use_kernels(model: nn.Module, launcher: Launcher) -> Inputs:
-    """Let all packed layers of `model` multiply by kernels; returns what they share."""
+def use_kernels(model: nn.Module, launcher: Launcher, workspace: Workspace | None = None) -> Inputs:
+    """Let all packed layers of `model` multiply by kernels; returns what they share.
+
+    `workspace` is for passes of many tokens.
+    """
     inputs = Inputs()
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            module.attach(launcher, inputs)
+            module.attach(launcher, inputs, workspace)
     return inputs

@@ -51,7 +51,10 @@ def refusal(plan: Plan, held: int = 0) -> str:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what nobody uses; models hold themselves in reference cycles."""
+    """Give back what nobody uses; models hold themselves in reference cycles, cuBLAS a workspace a stream."""
     gc.collect()
     if device.type == "cuda":
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # no public way
+        if clear is not None:
+            clear()
         torch.cuda.empty_cache()

@@ -127,6 +127,10 @@ class ExpertCache:
         state = self._layers[layer]
         return {expert: state.pool.memory[buffer] for expert, buffer in state.slots.items()}
 
+    def residents(self) -> list[dict[int, Tensor]]:
+        """`resident` of every layer; each holds until the layer's next use."""
+        return [self.resident(layer) for layer in range(len(self._layers))]
+
     def warm(self, layer: int, recent: Sequence[tuple[int, Tensor]]) -> None:
         """After prefill: keep the experts used last (last one last), copying blobs that lie elsewhere on the device.
 

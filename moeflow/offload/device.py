@@ -8,7 +8,7 @@ of models: expert ids in, places of blobs out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,8 @@ __all__ = ["DeviceCache", "Found"]
 
 COPY_BLOCKS, COPY_THREADS = 4, 512  # four blocks of 16 warps filled PCIe 5 x16; more slow the products beside them
 WARPS = COPY_BLOCKS * COPY_THREADS // 32
+LOCAL_BLOCKS = 256  # within the device: two a multiprocessor keep its memory busy
+LOCAL_WARPS = LOCAL_BLOCKS * COPY_THREADS // 32
 PIECE = 4096  # bytes; copy.cu's, and what every blob is a multiple of
 STATE = 8  # integers of a layer; cache.cu's
 
@@ -40,6 +42,22 @@ class Found:
     starts: Tensor | None
     lists: Tensor | None
     """For several tokens: the distinct experts' buffers, and which choices each serves."""
+
+
+class _Blobs(Mapping[int, Tensor]):
+    """Experts and their blobs. A view is made when it is asked for: a layer may have hundreds."""
+
+    def __init__(self, memory: Tensor, places: dict[int, int]):
+        self._memory, self._places = memory, places
+
+    def __getitem__(self, expert: int) -> Tensor:
+        return self._memory[self._places[expert]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class _Class:
@@ -101,7 +119,11 @@ class DeviceCache:
         self._progress = table(layers, max(1, self.guesses), WARPS)
         self._uses = table(layers, 4, dtype=torch.int64)  # hits, misses, guesses made, guesses used
         self._bytes = table(layers, 3, dtype=torch.int64)  # missed, guessed, guessed and used
-        self._unseen = table(4, dtype=torch.int64)  # where seeding counts
+        self._unseen = table(4, dtype=torch.int64)  # where warming counts
+        self._warm_jobs, self._warm_count, self._warm_places = table(experts, 3), table(1), table(experts)
+        self._warm_progress = table(max(1, self.guesses), LOCAL_WARPS)  # none: whole blobs are copied
+        # What warming asks for, where the kernel reads it itself: a copy would wait behind those of whole layers.
+        self._asked = torch.zeros(layers, experts, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._experts = experts
         self._gate_up_pieces = [self._split(i) for i in range(layers)]
         self.reset()
@@ -131,34 +153,38 @@ class DeviceCache:
 
     def find(self, layer: int, chosen: Tensor, tokens: int) -> Found:
         """Look up `chosen` [T, K] and decide on copies. All that follows is ordered behind it."""
-        return self._find(layer, chosen.reshape(-1), tokens, self._uses[layer])
-
-    def _find(self, layer: int, chosen: Tensor, tokens: int, uses: Tensor) -> Found:
         count = chosen.numel()
         assert count <= max(1, self.most_choices), "more choices than landing buffers"
-        pool = self._pool(layer)
         places = torch.empty(count, dtype=torch.int32, device=self.device)
         lists: tuple[Tensor | None, ...] = (None, None, None)
         if tokens > 1:
             sizes = (count, count + 1, count)
             lists = tuple(torch.empty(n, dtype=torch.int32, device=self.device) for n in sizes)
             lists[0].zero_()  # type: ignore[union-attr]  # buffers beyond the distinct ones are never read
-        self._kernel("cache.cu", "lookup")(
-            1, 32, chosen, count, self._buffers[layer], self._stamps[layer], self._counts[layer], self._state[layer],
-            uses, pool.ring, pool.state, len(pool.ring), self._guesses[layer], self._stop[layer : layer + 1],
-            self._jobs[layer], self._job_count[layer : layer + 1], places, *lists,
-        )  # fmt: skip
-        return Found(pool.memory, places, *lists)
+        jobs, job_count = self._jobs[layer], self._job_count[layer : layer + 1]
+        self._lookup(layer, chosen.reshape(-1), self._uses[layer], jobs, job_count, places, *lists)
+        return Found(self._pool(layer).memory, places, *lists)
 
-    def copy(self, layer: int, half: int, source: int | None = None, counters: Tensor | None = None) -> None:
+    def _lookup(
+        self, layer: int, chosen: Tensor, uses: Tensor, jobs: Tensor, job_count: Tensor, places: Tensor,
+        *lists: Tensor | None,
+    ) -> None:  # fmt: skip
+        pool = self._pool(layer)
+        self._kernel("cache.cu", "lookup")(
+            1, 32, chosen, chosen.numel(), self._buffers[layer], self._stamps[layer], self._counts[layer],
+            self._state[layer], uses, pool.ring, pool.state, len(pool.ring), self._guesses[layer],
+            self._stop[layer : layer + 1], jobs, job_count, places, *lists,
+        )  # fmt: skip
+
+    def copy(self, layer: int, half: int) -> None:
         """Copy gate and up (`half` 0) or down (1) of what `find` missed, in the current stream."""
         pool = self._pool(layer)
         split, pieces = self._gate_up_pieces[layer], pool.memory.shape[1] // PIECE
         first, last = (0, split) if half == 0 else (split, pieces)
         self._kernel("copy.cu", "copy")(
-            (COPY_BLOCKS, 1, 1), COPY_THREADS, self._sources[layer] if source is None else source, pool.memory,
-            pool.memory.shape[1], self._jobs[layer], self._job_count[layer : layer + 1], self._progress[layer],
-            first, last, self._bytes[layer] if counters is None else counters,
+            (COPY_BLOCKS, 1, 1), COPY_THREADS, self._sources[layer], pool.memory, pool.memory.shape[1],
+            self._jobs[layer], self._job_count[layer : layer + 1], self._progress[layer], first, last,
+            self._bytes[layer],
         )  # fmt: skip
 
     def guess(self, layer: int, ids: Tensor) -> None:
@@ -180,22 +206,42 @@ class DeviceCache:
 
     # -- beside the steps: what the host may ask, at the price of waiting for the device -----------------------
 
-    def resident(self, layer: int) -> dict[int, Tensor]:
+    def resident(self, layer: int) -> Mapping[int, Tensor]:
         """The cached experts of a layer and their blobs; valid until the layer's next `find`."""
-        memory = self._pool(layer).memory
-        places = enumerate(self._buffers[layer].tolist())
-        return {expert: memory[buffer] for expert, buffer in places if buffer >= 0}
+        return self.residents()[layer]
+
+    def residents(self) -> list[Mapping[int, Tensor]]:
+        """`resident` of every layer, read back at once."""
+        tables = enumerate(self._buffers.tolist())
+        return [_Blobs(self._pool(i).memory, {e: b for e, b in enumerate(table) if b >= 0}) for i, table in tables]
 
     def warm(self, layer: int, recent: Sequence[tuple[int, Tensor]]) -> None:
-        """After prefill: keep the experts used last (last one last), copying blobs that lie elsewhere on the device."""
+        """After prefill: keep the experts used last.
+
+        One lookup for all of them, so those that are cached are touched before any other is admitted, and the others
+        follow by id; one copy of what lies elsewhere on the device.
+
+        Args:
+            layer: whose blobs in the cache and elsewhere nobody may write before this was carried out.
+            recent: experts and their blobs, last used last; those outside the cache all in one buffer of the layer.
+        """
+        kept = recent[-self._quotas[layer] :] if self._quotas[layer] else ()
+        if not kept:
+            return
+        # The row may be written: since the pass began, at the latest, the host has waited for whoever read it.
+        asked = self._asked[layer, : len(kept)]
+        asked.copy_(torch.tensor([expert for expert, _ in kept]))
+        places = self._warm_places[: len(kept)]
+        self._lookup(layer, asked, self._unseen, self._warm_jobs, self._warm_count, places, None, None, None)
         memory = self._pool(layer).memory
         slots = range(memory.data_ptr(), memory.data_ptr() + memory.nbytes)
-        for expert, blob in recent[-self._quotas[layer] :] if self._quotas[layer] else ():
-            self._find(layer, torch.tensor([expert], device=self.device), 1, self._unseen)
-            # A blob in a slot may have left it by now, for one before it in `recent`; the host has it still.
-            source = None if blob.data_ptr() in slots else blob.data_ptr() - expert * blob.nbytes
-            for half in (0, 1):
-                self.copy(layer, half, source, self._unseen)
+        sources = {blob.data_ptr() - e * blob.nbytes for e, blob in kept if blob.data_ptr() not in slots}
+        assert len(sources) <= 1, "blobs outside the cache lie in one buffer"
+        for source in sources:
+            self._kernel("copy.cu", "copy", LOCAL_WARPS)(
+                LOCAL_BLOCKS, COPY_THREADS, source, memory, memory.shape[1], self._warm_jobs, self._warm_count,
+                self._warm_progress, 0, memory.shape[1] // PIECE, self._unseen,
+            )  # fmt: skip
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -225,7 +271,7 @@ class DeviceCache:
     def _pool(self, layer: int) -> _Class:
         return self._classes[self._manifest.layers[layer].layout]
 
-    def _kernel(self, source: str, name: str) -> Kernel:
+    def _kernel(self, source: str, name: str, warps: int = WARPS) -> Kernel:
         lfu = int(self._policy == "lfu")
-        defines = {"EXPERTS": self._experts, "GUESSES": max(1, self.guesses), "WARPS": WARPS, "LFU": lfu}
+        defines = {"EXPERTS": self._experts, "GUESSES": max(1, self.guesses), "WARPS": warps, "LFU": lfu}
         return self._launcher.kernel(source, name, defines)

@@ -7,7 +7,7 @@ by a worker in both cases, and so are those that the system would not page-lock:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from moeflow.offload.store import HostStore
 
 __all__ = ["Ticket", "Link", "CpuLink", "CudaLink", "make_link"]
+
+RUN = 32 << 20  # bytes that neighbouring blobs are copied in at once; a copy of its own costs microseconds each
 
 
 class Ticket(Protocol):
@@ -34,6 +36,9 @@ class Link(Protocol):
 
     def fetch(self, layer: int, expert: int, target: Tensor) -> Ticket:
         """Start copying a blob to `target`, device memory of its size, after all computation issued so far."""
+
+    def fetch_many(self, layer: int, experts: Sequence[int], buffer: Tensor) -> dict[int, Ticket]:
+        """As `fetch`, for ascending ids; `buffer` [E * blob bytes] has the place of every expert of the layer."""
 
     def drain(self) -> None:
         """Wait for all that is under way, whether it fails or not."""
@@ -63,6 +68,11 @@ class CpuLink:
     def fetch(self, layer: int, expert: int, target: Tensor) -> Ticket:
         """Start copying a blob."""
         return _ThreadTicket(self._worker.submit(self._copy, layer, expert, target))
+
+    def fetch_many(self, layer: int, experts: Sequence[int], buffer: Tensor) -> dict[int, Ticket]:
+        """Start copying blobs, one after another."""
+        nbytes = self._store.nbytes(layer)
+        return {e: self.fetch(layer, e, buffer[e * nbytes : (e + 1) * nbytes]) for e in experts}
 
     def _copy(self, layer: int, expert: int, target: Tensor) -> None:
         if self._store.in_ram(layer, expert):
@@ -113,14 +123,46 @@ class CudaLink:
 
     def fetch(self, layer: int, expert: int, target: Tensor) -> Ticket:
         """Start copying a blob."""
+        return self._start(layer, expert, 1, target, self._computed())
+
+    def fetch_many(self, layer: int, experts: Sequence[int], buffer: Tensor) -> dict[int, Ticket]:
+        """Start copying blobs, several neighbours at once."""
+        nbytes, computed = self._store.nbytes(layer), self._computed()
+        tickets: dict[int, Ticket] = {}
+        for first, count in self._runs(layer, experts):
+            target = buffer[first * nbytes : (first + count) * nbytes]
+            ticket = self._start(layer, first, count, target, computed)
+            tickets.update(dict.fromkeys(range(first, first + count), ticket))
+        return tickets
+
+    def _runs(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """First expert and count of neighbours that one copy may take."""
+        most = max(1, RUN // self._store.nbytes(layer))
+        start = 0
+        for end in range(1, len(experts) + 1):
+            following = end < len(experts) and experts[end] == experts[end - 1] + 1 and end - start < most
+            if not (following and self._direct(layer, experts[end])):
+                yield experts[start], end - start
+                start = end
+
+    def _computed(self) -> torch.cuda.Event:
+        """The end of the computation issued so far."""
         computed = torch.cuda.Event()
         computed.record(torch.cuda.current_stream(self._device))
-        if self._store.in_ram(layer, expert) and self._store.locked(layer):
-            return _CudaTicket(self._copy(self._store.view(layer, expert), target, computed))
+        return computed
+
+    def _direct(self, layer: int, expert: int) -> bool:
+        """Whether the copy engine reads the blob where it lies."""
+        return self._store.in_ram(layer, expert) and self._store.locked(layer)
+
+    def _start(self, layer: int, expert: int, count: int, target: Tensor, computed: torch.cuda.Event) -> Ticket:
+        if self._direct(layer, expert):
+            self._stream.wait_event(computed)
+            return _CudaTicket(self._copy(self._store.view(layer, expert, count), target))
+        assert count == 1, "blobs that are not locked go one by one"
         return _DiskTicket(self._worker.submit(self._read_and_copy, layer, expert, target, computed))
 
-    def _copy(self, source: Tensor, target: Tensor, computed: torch.cuda.Event) -> torch.cuda.Event:
-        self._stream.wait_event(computed)
+    def _copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             copied = torch.cuda.Event()
@@ -130,7 +172,8 @@ class CudaLink:
     def _read_and_copy(self, layer: int, expert: int, target: Tensor, computed: torch.cuda.Event) -> torch.cuda.Event:
         buffer = self._free_bounce(target.nbytes)
         self._store.read(layer, expert, buffer)
-        copied = self._copy(buffer, target, computed)
+        self._stream.wait_event(computed)
+        copied = self._copy(buffer, target)
         self._bounce.append((buffer, copied))
         return copied
 

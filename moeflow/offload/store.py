@@ -121,10 +121,10 @@ class HostStore:
         """Whether `view` serves; otherwise `read` does."""
         return expert < self.ram_experts[layer]
 
-    def view(self, layer: int, expert: int) -> Tensor:
-        """A blob in host memory: uint8, not copied."""
+    def view(self, layer: int, expert: int, count: int = 1) -> Tensor:
+        """A blob in host memory, or that of `count` neighbours: uint8, not copied."""
         nbytes = self.nbytes(layer)
-        return self._memory[layer][expert * nbytes : (expert + 1) * nbytes]
+        return self._memory[layer][expert * nbytes : (expert + count) * nbytes]
 
     def read(self, layer: int, expert: int, target: Tensor) -> None:
         """Copy a blob into `target`, host memory of its size; one from disk is compared with its digest once.

@@ -1,6 +1,7 @@
 """Whole layers through two buffers: for prefill, where nearly every expert is needed, and for the naive strategy.
 
-While a layer computes, the next one's experts are on their way.
+While a layer computes, the next one's experts are on their way. A layer may be begun as soon as the layer before last
+has been taken: whoever begins it then, and not when its turn comes, keeps the link busy.
 """
 
 from __future__ import annotations
@@ -36,11 +37,10 @@ class LayerStream:
                 ticket.settle()
             tickets = {}
             self._begun[layer % 2] = (layer, tickets)
-        for expert in range(self._manifest.layers[layer].experts):
-            if expert not in skip and expert not in tickets:
-                blob = self.blob(layer, expert)
-                tickets[expert] = self._link.fetch(layer, expert, blob)
-                self._traffic.streamed_bytes += blob.nbytes
+        experts = range(self._manifest.layers[layer].experts)
+        missing = [expert for expert in experts if expert not in skip and expert not in tickets]
+        tickets.update(self._link.fetch_many(layer, missing, self._buffers[layer % 2]))
+        self._traffic.streamed_bytes += len(missing) * self._manifest.layout_of(layer).nbytes
 
     def blob(self, layer: int, expert: int) -> Tensor:
         """Where an expert of `layer` lies in its buffer."""
@@ -48,18 +48,19 @@ class LayerStream:
         return self._buffers[layer % 2][expert * nbytes : (expert + 1) * nbytes]
 
     def take(self, layer: int, needed: Sequence[int], cached: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield every needed expert with its blob: from `cached` where it is there, else from the buffer.
+        """Yield every needed expert with its blob: those of `cached` first, then from the buffer as they arrive.
 
         After this the layer's buffer belongs to the layer after next.
         """
         self.begin(layer, cached)
         _, tickets = self._begun[layer % 2]
         for expert in needed:
+            if expert not in tickets:
+                yield expert, cached[expert]
+        for expert in needed:
             if expert in tickets:
                 tickets[expert].wait()
                 yield expert, self.blob(layer, expert)
-            else:
-                yield expert, cached[expert]
         self._begun[layer % 2] = (None, tickets)
 
     def reset(self) -> None:

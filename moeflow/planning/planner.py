@@ -1,25 +1,24 @@
 """The stage offload-plan: profile, model sizes and hardware in, a plan out.
 
 Device memory goes first to what must be there (resident weights, KV cache, landing buffers, workspace), then
-to the two layer buffers of prefill, and all that is left to cache slots. Whatever the profile fixes is taken
-as it is, or refused with the numbers that would fit.
+to the two layer buffers of prefill, and all that is left to cache slots. Who drives decides how much workspace
+there must be, and whether there is room decides who drives: every way is laid out, and the best that fits is taken.
+Whatever the profile fixes is taken as it is, or refused with the numbers that would fit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import predict
 from moeflow.planning.sizes import ITEM_SIZE, ModelSizes
+from moeflow.planning.workspace import PREFILL_CHUNK, workspace
 from moeflow.schema import HardwareProfile, MemoryBudget, Plan, PlannedPrefetch, Profile
 from moeflow.schema.profile import Dtype, Execution
 from moeflow.schema.units import format_size
 
 __all__ = ["make_plan", "PREFILL_CHUNK"]
-
-PREFILL_CHUNK = 512
-"""Tokens that go through the model at once in prefill; bounds the workspace."""
 
 LEAST_CAPABILITY = 7.5  # of the kernels
 CUDA_RESERVE = 1 << 30  # the driver's context, libraries and fragmentation
@@ -30,8 +29,9 @@ FEW_TOKENS = 8  # whose experts the kernels multiply in one pass
 
 @dataclass(frozen=True)
 class _Fixed:
-    """Device memory that does not depend on the number of slots."""
+    """Device memory that does not depend on the number of slots, of one way to run."""
 
+    execution: Execution
     resident: int
     kv_cache: int
     staging: int
@@ -55,30 +55,26 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
     prefetch = _prefetch(profile, sizes)
     staging = sizes.top_k + max(1, prefetch.depth) * max(prefetch.experts, sizes.top_k)
     limit = _device_limit(profile, hardware)
-    fixed, stream_layers = _fixed(sizes, dtype, context, staging, limit, profile.strategy == "naive")
-    slots = _slots(profile, sizes, hardware, limit - fixed.total)
-    slot_bytes = sum(layer.blob_nbytes * k for layer, k in zip(sizes.layers, slots, strict=True))
-    if fixed.total + slot_bytes > limit and profile.strategy != "naive":  # slots that were asked for come first
-        fixed, stream_layers = replace(fixed, stream=0), 0
-    if fixed.total + slot_bytes > limit:
-        raise CapacityError(_too_much(profile, sizes, fixed, limit))
+    ways = _ways(profile, sizes, hardware, dtype, context, staging, limit)
+    fixed, slots = _choose(ways, profile, sizes, hardware, limit)
+    slot_bytes = _slot_bytes(sizes, slots)
     ram_experts = _ram_experts(profile, sizes, hardware, fixed.total + slot_bytes)
+    _check_execution(profile, sizes, fixed, ram_experts)
     in_ram = sum(layer.blob_nbytes * n for layer, n in zip(sizes.layers, ram_experts, strict=True))
-    execution = _execution(profile, sizes, hardware, ram_experts, stream_layers)
-    if execution == "device" and hardware.gpu is not None:
+    if fixed.execution == "device" and hardware.gpu is not None:
         staging, fixed = _land_more(sizes, staging, prefetch, fixed, limit - fixed.total - slot_bytes)
     return Plan(
         manifest_digest=manifest_digest,
         hardware=hardware.name,
         device=hardware.device,
         dtype=dtype,
-        execution=execution,
+        execution=fixed.execution,
         strategy=profile.strategy,
         policy=profile.cache.policy,
         context_length=context,
         cache_slots=slots,
         staging_slots=staging,
-        stream_layers=stream_layers,
+        stream_layers=2 if fixed.stream else 0,
         prefetch=prefetch,
         ram_experts=ram_experts,
         memory=MemoryBudget(
@@ -97,21 +93,66 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
     )
 
 
-def _execution(
-    profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ram_experts: tuple[int, ...], stream_layers: int
-) -> Execution:
-    """The device drives where kernels reach all blobs and prefill has layer buffers; naive offloading has no cache."""
-    in_ram = all(n == layer.experts for n, layer in zip(ram_experts, sizes.layers, strict=True))
-    possible = in_ram and stream_layers > 0 and profile.strategy != "naive"
-    if profile.execution != "auto":
-        if profile.execution == "device" and not possible:
-            raise DocumentError(
-                "execution is device; that needs all experts in host memory, room for two whole layers on the device "
-                "and a strategy other than naive: raise memory.ram or memory.vram, or set execution to auto"
-            )
-        return profile.execution
+def _ways(
+    profile: Profile,
+    sizes: ModelSizes,
+    hardware: HardwareProfile,
+    dtype: Dtype,
+    context: int,
+    staging: int,
+    limit: int,
+) -> list[_Fixed]:
+    """The ways to run, best first: device-driven, then host-driven with and without layer buffers for prefill.
+
+    The device drives where kernels reach all blobs and prefill has its two buffers, which may take half of what the
+    other fixed parts leave; naive offloading is made of them, and the host's.
+    """
+    item = ITEM_SIZE[dtype]
+
+    def way(execution: Execution, stream: int) -> _Fixed:
+        return _Fixed(
+            execution=execution,
+            resident=sizes.resident_packed + sizes.resident_dense * item // ITEM_SIZE[sizes.dtype],
+            kv_cache=sizes.kv_values_per_token * context * item,
+            staging=staging * sum({layer.blob_nbytes for layer in sizes.layers}),
+            stream=stream,
+            workspace=workspace(sizes, hardware, dtype, context, execution),
+        )
+
+    buffers = 2 * max(layer.experts * layer.blob_nbytes for layer in sizes.layers)
+    if profile.strategy == "naive":
+        return [way("host", buffers)]
     able = hardware.gpu is not None and float(hardware.gpu.compute_capability) >= LEAST_CAPABILITY
-    return "device" if able and possible else "host"
+    able = able and _in_ram(profile, sizes, hardware)
+    streamed: list[Execution] = (
+        ["device"] if profile.execution == "device" or (profile.execution == "auto" and able) else []
+    )
+    ways = [way(execution, buffers) for execution in [*streamed, "host"]]
+    return [w for w in ways if w.stream <= (limit - w.total + w.stream) // 2] + [way("host", 0)]
+
+
+def _choose(
+    ways: list[_Fixed], profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, limit: int
+) -> tuple[_Fixed, tuple[int, ...]]:
+    """The first way that fits, with its slots; those that were asked for come before layer buffers."""
+    for fixed in ways:
+        slots = _slots(profile, sizes, hardware, limit - fixed.total)
+        if fixed.total + _slot_bytes(sizes, slots) <= limit:
+            return fixed, slots
+    raise CapacityError(_too_much(profile, sizes, min(ways, key=lambda fixed: fixed.total), limit))
+
+
+def _slot_bytes(sizes: ModelSizes, slots: tuple[int, ...]) -> int:
+    return sum(layer.blob_nbytes * k for layer, k in zip(sizes.layers, slots, strict=True))
+
+
+def _check_execution(profile: Profile, sizes: ModelSizes, fixed: _Fixed, ram_experts: tuple[int, ...]) -> None:
+    in_ram = all(n == layer.experts for n, layer in zip(ram_experts, sizes.layers, strict=True))
+    if profile.execution == "device" and not (fixed.execution == "device" and in_ram):
+        raise DocumentError(
+            "execution is device; that needs all experts in host memory, room for two whole layers on the device "
+            "and a strategy other than naive: raise memory.ram or memory.vram, or set execution to auto"
+        )
 
 
 def _dtype(profile: Profile, hardware: HardwareProfile) -> Dtype:
@@ -145,27 +186,6 @@ def _device_limit(profile: Profile, hardware: HardwareProfile) -> int:
             "lower it or set it to auto"
         )
     return profile.memory.vram
-
-
-def _fixed(
-    sizes: ModelSizes, dtype: Dtype, context: int, staging: int, limit: int, must_stream: bool
-) -> tuple[_Fixed, int]:
-    """The fixed parts, and how many layer buffers prefill gets: 2 unless they would take half of the rest."""
-    item = ITEM_SIZE[dtype]
-    classes = {layer.blob_nbytes for layer in sizes.layers}
-    largest = max(layer.largest_matrix for layer in sizes.layers)
-    parts = _Fixed(
-        resident=sizes.resident_packed + sizes.resident_dense * item // ITEM_SIZE[sizes.dtype],
-        kv_cache=sizes.kv_values_per_token * context * item,
-        staging=staging * sum(classes),
-        stream=2 * max(layer.experts * layer.blob_nbytes for layer in sizes.layers),
-        # one matrix as int32 codes, as float32 and in its final dtype, and a prefill chunk's activations
-        workspace=largest * (8 + item) + PREFILL_CHUNK * (64 << 10),
-    )
-    without = replace(parts, stream=0)
-    if must_stream or parts.stream <= (limit - without.total) // 2:
-        return parts, 2
-    return without, 0
 
 
 def _land_more(
@@ -211,23 +231,32 @@ def _too_much(profile: Profile, sizes: ModelSizes, fixed: _Fixed, limit: int) ->
     )
 
 
-def _ram_experts(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, on_device: int) -> tuple[int, ...]:
-    """Experts per layer in host memory: all, or as many of each layer as the budget holds."""
+def _in_ram(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile) -> bool:
+    """Whether host memory holds every expert; for machines with a GPU."""
+    return sizes.expert_nbytes <= _ram_budget(profile, hardware, 0)
+
+
+def _ram_budget(profile: Profile, hardware: HardwareProfile, on_device: int) -> int:
+    """Host memory for experts."""
     if profile.memory.ram == "auto":
         free = hardware.ram - HOST_RESERVE - (0 if hardware.gpu else on_device)
-        budget = int(max(0, free) * HOST_SHARE)
-    elif profile.memory.ram > hardware.ram:
+        return int(max(0, free) * HOST_SHARE)
+    if profile.memory.ram > hardware.ram:
         raise CapacityError(
             f"memory.ram is {format_size(profile.memory.ram)}; {hardware.name} has {format_size(hardware.ram)}: "
             "lower it or set it to auto"
         )
-    elif hardware.gpu is None and on_device + profile.memory.ram > hardware.ram:
+    if hardware.gpu is None and on_device + profile.memory.ram > hardware.ram:
         raise CapacityError(
             f"memory.ram is {format_size(profile.memory.ram)} beside {format_size(on_device)} for slots and weights; "
             f"{hardware.name} has {format_size(hardware.ram)} for both: lower it or set it to auto"
         )
-    else:
-        budget = profile.memory.ram
+    return profile.memory.ram
+
+
+def _ram_experts(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, on_device: int) -> tuple[int, ...]:
+    """Experts per layer in host memory: all, or as many of each layer as the budget holds."""
+    budget = _ram_budget(profile, hardware, on_device)
     if sizes.expert_nbytes <= budget:
         return tuple(layer.experts for layer in sizes.layers)
     counts = tuple(int(layer.experts * budget / sizes.expert_nbytes) for layer in sizes.layers)

@@ -119,8 +119,14 @@ FIGURES = {
         _Figure("paper, A100", lambda _, row: digits(paper_speed(row))),
         _Figure("ms/token", lambda _, row: _milliseconds(row.seconds_per_token)),
         _Figure("hits", lambda _, row: percent(row.hit_rate)),
+    ),
+    "prefill": (
         _Figure("first token, ms", lambda _, row: _milliseconds(row.time_to_first_token)),
+        _Figure("moved", lambda _, row: _size(row.prefill_bytes)),
         _Figure("of link's time", lambda run, row: percent(run.prefill_excess(row))),
+        _Figure("cold, ms", lambda _, row: _milliseconds(row.cold_time_to_first_token)),
+        _Figure("moved, cold", lambda _, row: _size(row.cold_prefill_bytes)),
+        _Figure("of link's time, cold", lambda run, row: percent(run.cold_prefill_excess(row))),
     ),
     "link, per token": (
         _Figure("missed", lambda _, row: _size(row.missed_bytes)),

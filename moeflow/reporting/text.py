@@ -62,6 +62,7 @@ def json_line(run: Benchmark) -> str:
             "memory_efficiency": run.memory_efficiency(row),
             "memory_ratio": row.memory_ratio,
             "prefill_excess": run.prefill_excess(row),
+            "cold_prefill_excess": run.cold_prefill_excess(row),
         }
         for row in run.rows
     ]

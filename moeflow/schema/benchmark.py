@@ -83,6 +83,9 @@ class BenchmarkRow(Part):
     tokens_per_second: Positive | None = None
     """Decode speed over all sequences."""
     time_to_first_token: Positive | None = None
+    """With what a prefill before left in the cache."""
+    cold_time_to_first_token: Positive | None = None
+    """With an empty cache: every expert travels."""
     hit_rate: Share | None = None
     """Share of expert uses that found the expert cached; None where no cache was asked."""
     missed_bytes: Amount | None = None
@@ -97,6 +100,8 @@ class BenchmarkRow(Part):
     """Out of device memory, per token."""
     prefill_bytes: Amount | None = None
     """Over the link before the first token, in all."""
+    cold_prefill_bytes: Amount | None = None
+    """The same with an empty cache."""
     guesses: Count | None = None
     """Copies started on a guess, in all."""
     guesses_used: Count | None = None
@@ -157,9 +162,11 @@ class Benchmark(Document):
 
     def prefill_excess(self, row: BenchmarkRow) -> float | None:
         """Time to first token over the time that its bytes take at the copy engine's peak; 1 is the link's limit."""
-        if not row.prefill_bytes or self.limits.link_peak is None or row.time_to_first_token is None:
-            return None
-        return row.time_to_first_token * self.limits.link_peak / row.prefill_bytes
+        return _ratio(_product(row.time_to_first_token, self.limits.link_peak), row.prefill_bytes)
+
+    def cold_prefill_excess(self, row: BenchmarkRow) -> float | None:
+        """As `prefill_excess`, with an empty cache."""
+        return _ratio(_product(row.cold_time_to_first_token, self.limits.link_peak), row.cold_prefill_bytes)
 
 
 def _product(first: float | None, second: float | None) -> float | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from moeflow.artifact.layout import expert_layout, packed_matrix
-from moeflow.artifact.matrix import dequantize, encode, parts_of
+from moeflow.artifact.matrix import allocate_blobs, dequantize, encode, parts_of
 from moeflow.quantization.base import Codes
 from moeflow.quantization.registry import quantizer_for
 from moeflow.schema import BitsAndBytesScheme, DenseScheme, HqqScheme, PackedMatrix, Scheme
@@ -133,3 +134,20 @@ def test_the_device_quantizes_and_restores_as_well(scheme: Scheme) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         here, there = (dequantize(matrix, parts_of(matrix, b), dtype) for b in (blob, blob.cuda()))
         assert torch.equal(there.cpu(), here)
+
+
+def test_blobs_of_several_matrices_lie_in_one_piece() -> None:
+    scheme = HqqScheme(bits=2, group_size=16)
+    matrices = [packed_matrix(f"m{rows}", rows, 48, scheme, "float32") for rows in (5, 7, 1)]
+    blobs = allocate_blobs(matrices, torch.device("cpu"))
+    assert list(blobs) == ["m5", "m7", "m1"]
+    start = blobs["m5"].data_ptr()
+    for matrix in matrices:
+        blob = blobs[matrix.name]
+        assert (blob.data_ptr() - start) % 256 == 0
+        assert blob.nbytes == max(s.offset + s.nbytes for s in matrix.segments)
+        blob.fill_(len(matrix.name))
+        assert blob.untyped_storage().data_ptr() == start
+    ends = sorted((b.data_ptr(), b.data_ptr() + b.nbytes) for b in blobs.values())
+    assert all(first[1] <= second[0] for first, second in pairwise(ends))
+    assert allocate_blobs([], torch.device("cpu")) == {}

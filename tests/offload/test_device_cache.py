@@ -177,17 +177,18 @@ def test_guesses_that_are_never_right_are_rarely_tried() -> None:
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_warming_keeps_the_last_used(policy: str) -> None:
-    cache, host = make(quota=(3, 3), policy=policy)
+@pytest.mark.parametrize("quota", [1, 3, 7])
+def test_warming_keeps_the_last_used(policy: str, quota: int) -> None:
+    cache, host = make(quota=(quota, quota), policy=policy)
     for _ in range(50):
         resident = cache.resident(1)
-        recent = random.sample(range(8), 4)
+        recent = random.sample(range(8), random.randrange(quota, 9))
         elsewhere = host[1].clone()
         cache.warm(1, [(e, resident.get(e, elsewhere[e])) for e in recent])
         for expert, blob in cache.resident(1).items():
             assert torch.equal(blob, host[1, expert])
         if policy == "lru":
-            assert set(cache.resident(1)) == set(recent[-3:])
+            assert set(cache.resident(1)) == set(recent[-quota:])
         cache.find(1, torch.tensor([random.sample(range(8), 2)]), 1)
         cache.copy(1, 0)
         cache.copy(1, 1)

@@ -35,13 +35,15 @@ def test_what_was_not_measured_is_none_and_so_is_what_would_follow() -> None:
     assert {getattr(empty, name) for name in FIGURES} == {None}
     derived = (empty.seconds_per_token, empty.moved_bytes, empty.link_rate, empty.memory_rate, empty.memory_ratio)
     run = benchmark(empty)
-    assert {*derived, run.link_efficiency(empty), run.memory_efficiency(empty), run.prefill_excess(empty)} == {None}
+    rates = (run.link_efficiency(empty), run.memory_efficiency(empty))
+    assert {*derived, *rates, run.prefill_excess(empty), run.cold_prefill_excess(empty)} == {None}
 
 
 def test_figures_follow_from_each_other() -> None:
     measured = row(
         tokens_per_second=20.0, batch=4, missed_bytes=1.5e9, guessed_bytes=0.5e9, read_bytes=4e9, prefill_bytes=15e9,
-        time_to_first_token=0.6, memory_planned=100, memory_in_use=103,
+        time_to_first_token=0.6, cold_time_to_first_token=0.5, cold_prefill_bytes=20e9, memory_planned=100,
+        memory_in_use=103,
     )  # fmt: skip
     run = benchmark(measured, link_peak=50e9, memory_bandwidth=320e9)
     assert measured.seconds_per_token == pytest.approx(0.2)
@@ -51,6 +53,7 @@ def test_figures_follow_from_each_other() -> None:
     assert measured.memory_rate == 80e9
     assert run.memory_efficiency(measured) == pytest.approx(0.25)
     assert run.prefill_excess(measured) == pytest.approx(0.6 / 0.3)
+    assert run.cold_prefill_excess(measured) == pytest.approx(0.5 / 0.4)
     assert measured.memory_ratio == pytest.approx(1.03)
 
 
@@ -60,7 +63,7 @@ def test_nothing_moved_is_a_measurement() -> None:
     assert benchmark(all_hits, link_peak=5e10).link_efficiency(all_hits) == 0
 
 
-@pytest.mark.parametrize("name", ["tokens_per_second", "time_to_first_token"])
+@pytest.mark.parametrize("name", ["tokens_per_second", "time_to_first_token", "cold_time_to_first_token"])
 @pytest.mark.parametrize("value", [0, 0.0, -1.0, float("nan"), float("inf")])
 def test_a_speed_or_time_is_never_zero(name: str, value: float) -> None:
     data = benchmark(row()).to_dict()

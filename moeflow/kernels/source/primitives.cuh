@@ -62,6 +62,15 @@ __device__ __forceinline__ unsigned float2_to_h2(float low, float high) {
     return v;
 }
 
+#if __CUDA_ARCH__ >= 800
+// Two bfloat16 in a word, the first in the low bits, each to nearest, ties to even.
+__device__ __forceinline__ unsigned float2_to_b2(float low, float high) {
+    unsigned v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+}
+#endif
+
 // Weights, read once: they take no room in L1, and are the first to leave L2, where a layer's weights would otherwise push
 // out what every step needs again: the small kernels' code, keys and values, routers. Nobody may write them meanwhile.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
@@ -121,3 +130,8 @@ __device__ __forceinline__ unsigned short float_to_bf16(float f) {   // to neare
     if ((u & 0x7FFFFFFFu) > 0x7F800000u) return (unsigned short)(u >> 16 | 0x40u);
     return (unsigned short)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
 }
+#if defined(MOEFLOW_EMULATOR) || __CUDA_ARCH__ < 800
+__device__ __forceinline__ unsigned float2_to_b2(float low, float high) {
+    return float_to_bf16(low) | (unsigned)float_to_bf16(high) << 16;
+}
+#endif

@@ -1,75 +1,125 @@
 // A packed matrix back to plain numbers, for products with many tokens: w[row, column] in OUTPUT, rounded once.
 //
-// Eight columns a thread, so that 16-bit results leave as one store of 16 bytes. The arithmetic is that of
-// moeflow.kernels.dequantize, in float32 and without contraction, bit for bit.
+// Codes, scales and results lie row after row without gaps, so a matrix is one list of pieces of eight columns, and no
+// row has to be told from the next where scales go by groups. A piece is one load of codes, one of a scale and one store
+// of 16 bytes (16-bit results); a warp's pieces are neighbours, so each of these is one contiguous range. A thread has
+// TURNS pieces and asks for all their bytes before it needs any. The arithmetic is that of moeflow.kernels.dequantize,
+// in float32 and without contraction, bit for bit.
 #include "format.cuh"
 
 #ifndef OUTPUT
 #define OUTPUT FLOAT
 #endif
 
-__device__ __forceinline__ int code_at(const int* words, const int* high, long long row, int column, int columns) {
-#if KIND == DENSE
-    return 0;
+constexpr int THREADS = 256, TURNS = 4;
+
+struct Piece { unsigned codes[2]; unsigned third; float scale, zero; };
+
+#if KIND != DENSE
+// A code as a float without a conversion, which is slow: `bits`, the code in its place, becomes the mantissa of 2^23 +
+// code * 2^shift, and taking 2^23 away and dividing by 2^shift are exact. At most 16 bits.
+__device__ __forceinline__ float number(unsigned bits, int shift) {
+    const float unit = 1.f / (float)(1 << shift);
+    return __fmaf_rn(__uint_as_float(0x4B000000u | bits), unit, -8388608.f * unit);
+}
+
+__device__ __forceinline__ float code(const Piece& piece, int i) {
+    constexpr unsigned mask = (1u << CODE_BITS) - 1u;
+    const int at = i * CODE_BITS, shift = at % 16;
+    const unsigned half = piece.codes[at / 32] >> (at / 16 % 2 * 16);
+#if KIND == AFFINE && BITS == 3
+    const int bit = i / 4 * 8 + i % 4;   // as kernels.packing lays out the third bit, from the piece's first on
+    return add_rn(number(half & (mask << shift), shift), mul_rn(4.f, number(piece.third & (1u << bit), bit)));
+#elif KIND == SIGNED
+    return add_rn(number(half & (mask << shift), shift), -128.f);
 #else
-    const int word = words[row * (columns / COLUMNS_PER_WORD) + column / COLUMNS_PER_WORD];
-    const int code = (word >> (column % COLUMNS_PER_WORD * CODE_BITS)) & ((1 << CODE_BITS) - 1);
-#if KIND == SIGNED
-    return (signed char)code;
-#elif KIND == AFFINE && BITS == 3
-    const int rest = column % 32;
-    const int bit = rest % 16 / 4 * 8 + rest / 16 * 4 + rest % 4;   // as kernels.packing lays out the third bit
-    return code | ((high[row * (columns / 32) + column / 32] >> bit) & 1) << 2;
-#else
-    return code;
-#endif
+    return number(half & (mask << shift), shift);
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-unpack(const char* matrix, long long words, long long high, long long scales_, long long steps_, const float* codebook,
-       void* out, long long rows, long long columns_) {
-    const int columns = (int)columns_, row = blockIdx.x;
-    const int column0 = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
-    if (column0 >= columns) return;
-    const char* scales = matrix + scales_;
-    float v[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const int column = column0 + i;
-        const int code = code_at((const int*)(matrix + words), (const int*)(matrix + high), row, column, columns);
-#if KIND == AFFINE
-        const int groups = columns / GROUP;
-        const long long g = (long long)row * groups + column / GROUP;
-#if META == 8
-        const unsigned char* meta = (const unsigned char*)scales + 2 * g;
-        const float* steps = (const float*)(matrix + steps_) + 4 * ((long long)row * ((groups + 127) / 128) + column / GROUP / 128);
-        const float scale = add_rn(mul_rn((float)meta[0], steps[0]), steps[1]);
-        const float zero = add_rn(mul_rn((float)meta[1], steps[2]), steps[3]);
+// All that the piece `p` takes from memory.
+__device__ __forceinline__ Piece load(const char* words, const char* high, const char* scales, const char* steps_,
+                                      unsigned p, unsigned pieces_per_row) {
+    Piece piece;
+#if CODE_BITS == 2
+    piece.codes[0] = ((const unsigned short*)words)[p];
+#elif CODE_BITS == 4
+    piece.codes[0] = ((const unsigned*)words)[p];
 #else
-        const unsigned short* pair = (const unsigned short*)scales + 2 * g;
-        const float scale = half_to_float(pair[0]), zero = half_to_float(pair[1]);
+    const uint2 both = ((const uint2*)words)[p];
+    piece.codes[0] = both.x;
+    piece.codes[1] = both.y;
 #endif
-        v[i] = mul_rn(add_rn((float)code, -zero), scale);
+#if KIND == AFFINE && BITS == 3
+    piece.third = (unsigned)((const unsigned short*)high)[p / 4 * 2 + p % 2] >> (p % 4 / 2 * 4);
+#endif
+#if KIND == AFFINE
+    const unsigned group = p / (GROUP / 8);
+#if META == 8
+    const unsigned groups = pieces_per_row / (GROUP / 8), row = group / groups;
+    const unsigned pair = ((const unsigned short*)scales)[group];
+    const float4 steps = ((const float4*)steps_)[row * ((groups + 127) / 128) + (group - row * groups) / 128];
+    piece.scale = add_rn(mul_rn((float)(pair & 0xFFu), steps.x), steps.y);
+    piece.zero = add_rn(mul_rn((float)(pair >> 8), steps.z), steps.w);
+#else
+    const unsigned pair = ((const unsigned*)scales)[group];
+    piece.scale = half_to_float((unsigned short)pair);
+    piece.zero = half_to_float((unsigned short)(pair >> 16));
+#endif
 #elif KIND == SIGNED
-        v[i] = mul_rn((float)code, ((const float*)scales)[row]);
-#elif KIND == CODEBOOK
-        v[i] = mul_rn(codebook[code], half_to_float(((const unsigned short*)scales)[(long long)row * (columns / GROUP) + column / GROUP]));
+    piece.codes[0] ^= 0x80808080u;   // code + 128, which has no sign
+    piece.codes[1] ^= 0x80808080u;
+    piece.scale = ((const float*)scales)[p / pieces_per_row];
+#else
+    piece.scale = half_to_float(((const unsigned short*)scales)[p / (GROUP / 8)]);
 #endif
-    }
+    return piece;
+}
+
+__device__ __forceinline__ void store(void* out, unsigned p, const float* v) {
 #if OUTPUT == FLOAT
-    float4* target = (float4*)((float*)out + (long long)row * columns + column0);
+    float4* target = (float4*)out + 2ull * p;
     target[0] = make_float4(v[0], v[1], v[2], v[3]);
     target[1] = make_float4(v[4], v[5], v[6], v[7]);
+#elif OUTPUT == HALF
+    ((uint4*)out)[p] = make_uint4(float2_to_h2(v[0], v[1]), float2_to_h2(v[2], v[3]), float2_to_h2(v[4], v[5]), float2_to_h2(v[6], v[7]));
 #else
-    unsigned two[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#if OUTPUT == HALF
-        two[i] = float_to_half(v[2 * i]) | (unsigned)float_to_half(v[2 * i + 1]) << 16;
-#else
-        two[i] = float_to_bf16(v[2 * i]) | (unsigned)float_to_bf16(v[2 * i + 1]) << 16;
-#endif
-    *(uint4*)((unsigned short*)out + (long long)row * columns + column0) = make_uint4(two[0], two[1], two[2], two[3]);
+    ((uint4*)out)[p] = make_uint4(float2_to_b2(v[0], v[1]), float2_to_b2(v[2], v[3]), float2_to_b2(v[4], v[5]), float2_to_b2(v[6], v[7]));
 #endif
 }
+
+// Blocks of THREADS, one for every THREADS * TURNS pieces.
+extern "C" __global__ void __launch_bounds__(THREADS)
+unpack(const char* matrix, long long words, long long high, long long scales, long long steps, const float* codebook,
+       void* out, long long rows, long long columns) {
+    const unsigned pieces_per_row = (unsigned)(columns / 8), pieces = (unsigned)rows * pieces_per_row;
+    const unsigned first = blockIdx.x * (THREADS * TURNS) + threadIdx.x;
+#if KIND == CODEBOOK
+    __shared__ float numbers[16];
+    if (threadIdx.x < 16) numbers[threadIdx.x] = codebook[threadIdx.x];
+    __syncthreads();
+#endif
+    Piece mine[TURNS];
+#pragma unroll
+    for (int t = 0; t < TURNS; t++) {
+        const unsigned p = first + t * THREADS;   // behind the end the last is read again, and not stored
+        mine[t] = load(matrix + words, matrix + high, matrix + scales, matrix + steps, p < pieces ? p : pieces - 1, pieces_per_row);
+    }
+#pragma unroll
+    for (int t = 0; t < TURNS; t++) {
+        const unsigned p = first + t * THREADS;
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+#if KIND == AFFINE
+            v[i] = mul_rn(add_rn(code(mine[t], i), -mine[t].zero), mine[t].scale);
+#elif KIND == SIGNED
+            v[i] = mul_rn(code(mine[t], i), mine[t].scale);
+#else
+            v[i] = mul_rn(numbers[mine[t].codes[0] >> (4 * i) & 15u], mine[t].scale);
+#endif
+        }
+        if (p < pieces) store(out, p, v);
+    }
+}
+#endif
