@@ -27,7 +27,7 @@ WIDEST = 256
 
 @dataclass(frozen=True)
 class Fresh:
-    """The query tokens' own keys and values, not in the cache yet, and the angles that queries and keys are turned by."""
+    """The query tokens' own keys and values, not in the cache yet, and the angles by which keys and queries turn."""
 
     k: Tensor
     """[1, Hk, T, D], as the projection gives them."""

@@ -230,7 +230,7 @@ class Gemv:
     def _share(self, tokens: int, choices: int) -> tuple[int, int]:
         """Rows of a warp, and threads of a block: as `tools/kernels.py --sweep` found them fastest on an H100.
 
-        More rows share the activations that a lane has read; fewer keep all multiprocessors busy, and the registers few.
+        More rows share the activations that a lane has read; fewer keep all multiprocessors busy, and registers few.
         """
         form, columns = self._format, self.matrix.columns
         if tokens >= 4:

@@ -1,9 +1,9 @@
 """Tensors that are computed when they are first looked at, unless who takes them over computes them on the way.
 
 Between two products of a decoding step transformers' layers write `residual + experts(...)` and hand the sum to a norm.
-Each would be a launch; one kernel does all of it (`kernels.junction`), but no module sees the whole. So the experts give
-a `Deferred`, adding it to a tensor gives another, and a norm that meets one asks for its recipe and computes sum and
-norm at once. Whoever else touches a `Deferred` (any operation but those below) finds its numbers there, computed at
+Each would be a launch; one kernel does all of it (`kernels.junction`), but no module sees the whole. So the experts
+give a `Deferred`, adding it to a tensor gives another, and a norm that meets one asks for its recipe and computes sum
+and norm at once. Whoever else touches a `Deferred` (any operation but those below) finds its numbers there, computed at
 that moment: forward passes need not know of it, and nothing is ever computed twice.
 
 Rotation and growth of the cache before attention are put off alike, and taken over by it (`kernels.attention`).

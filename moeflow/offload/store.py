@@ -13,6 +13,7 @@ when the process ends, whichever comes first.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -28,6 +29,7 @@ from moeflow.schema.units import format_size
 
 __all__ = ["HostStore"]
 
+HUGE = 2 << 20  # bytes of a huge page
 PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 READERS = 4  # threads that read and digest; more did not help a single disk
 
@@ -148,17 +150,23 @@ class HostStore:
 def _allocate(nbytes: int) -> Tensor:
     """Ordinary memory that begins at a page: two registered pieces may not share one.
 
-    So does its storage, where torch looks when it is asked whether a tensor is page-locked (`is_pinned`).
+    So does its storage, where torch looks when it is asked whether a tensor is page-locked (`is_pinned`). Large pieces
+    begin at a huge page and ask for them: a device that reads many gigabytes translates every page's address.
     """
+    page = HUGE if nbytes >= HUGE else PAGE
     try:
-        memory = torch.empty(nbytes + PAGE, dtype=torch.uint8)
-    except RuntimeError as error:
+        memory = mmap.mmap(-1, nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
         raise CapacityError(
             f"host memory for experts: {format_size(nbytes)} more refused; set memory.ram lower, the rest "
             "is then read from disk"
         ) from error
-    start = -memory.data_ptr() % PAGE
-    return torch.frombuffer(memory.numpy(), dtype=torch.uint8, offset=start, count=nbytes) if nbytes else memory[:0]
+    if page == HUGE:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % page
+    return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes) if nbytes else whole[:0]
 
 
 def _register(memory: Tensor) -> str | None:

@@ -8,7 +8,7 @@ Whatever the profile fixes is taken as it is, or refused with the numbers that w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import predict
