@@ -332,7 +332,7 @@ def test_memory_that_no_whole_k_fills_lands_the_experts_of_several_tokens() -> N
         plan = make_plan(_profile(memory=Memory(vram=vram)), MIXTRAL, _machine(vram=80 * GIB))
         plain = make_plan(_profile(memory=Memory(vram=vram), execution="host"), MIXTRAL, _machine(vram=80 * GIB))
         assert (plan.execution, plain.staging_slots) == ("device", 4)
-        assert plan.cache_slots == plain.cache_slots
+        assert plan.cache_slots >= plain.cache_slots  # the host-driven path takes more workspace
         _check_sums(plan, MIXTRAL)
         spare = plan.memory.limit - plan.memory.total
         assert plan.staging_slots == 8 + 2 or spare < 84 * MIB
