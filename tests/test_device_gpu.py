@@ -10,9 +10,14 @@ import torch
 from oracle import checkpoint_model, dequantized_model, logits_of
 
 import moeflow
+from moeflow.artifact.architectures import architecture
 from moeflow.artifact.families import FAMILIES
+from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.engine import Engine
+from moeflow.planning.planner import make_plan
+from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.machine import probe
+from moeflow.schema import HardwareProfile, Profile
 
 pytestmark = pytest.mark.gpu
 
@@ -132,6 +137,28 @@ def test_a_few_tokens_at_once_are_graphs_and_as_one_by_one(
             assert not steps.kept and steps._steps[chunk]._graph is not None
         assert torch.equal(engine.logits(ids, chunk=1), expected)
         assert engine.traffic.streamed_bytes == 0
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[2], SCHEMES[4]], ids=str)
+def test_a_graph_at_real_widths_computes_what_its_operations_do(gpu_file: Path, scheme: dict[str, object]) -> None:
+    """Kernels overlap in a graph as they do nowhere else, and small matrices are over before the next begins."""
+    config = {**architecture("mixtral-8x7b"), "num_hidden_layers": 4}
+    attention = {"backend": "hqq", "bits": 4, "group_size": 64}
+    quantization = {"experts": scheme, "attention": attention}
+    profile = Profile.parse({"model": "m", "quantization": quantization, "context_length": 512}, "here")
+    artifact = RandomArtifact(config, profile.quantization, "m")
+    wanted = profile.model_copy(update={"cache": profile.cache.model_copy(update={"experts_per_layer": 3})})
+    plan = make_plan(wanted, ModelSizes.of_manifest(artifact.manifest), HardwareProfile.load(gpu_file))
+    ids = torch.randint(32000, (150,)).tolist()
+    with Engine(artifact, plan) as engine:
+        assert engine.execution == "device-driven", engine.fallback
+        replayed = [engine.logits(ids, chunk=1) for _ in range(3)]
+        single = engine._execution.steps.single  # type: ignore[attr-defined]
+        graph, single._graph = single._graph, None
+        expected = engine.logits(ids, chunk=1)
+        single._graph = graph
+    assert expected.isfinite().all() and expected.std() > 0.1
+    assert all(torch.equal(found, expected) for found in replayed)
 
 
 def test_the_demo_models_greedy_text(gpu_file: Path, demo_artifact: Path) -> None:

@@ -24,6 +24,7 @@ from moeflow.schema import BlobLayout, PackedMatrix, Quantization
 
 __all__ = ["RandomArtifact"]
 
+DEVIATION = 0.02  # of weights, as models are initialized
 TURN = 4096  # bytes by which neighbouring experts' weights are turned against each other
 
 
@@ -66,18 +67,24 @@ class RandomArtifact(Artifact):
         return blob
 
     def _fill(self, matrix: PackedMatrix, blob: Tensor) -> None:
+        """Weights of mean 0 and a deviation near `DEVIATION`, so that hidden states stay in range."""
+        bits = getattr(matrix.scheme, "bits", 8)
+        middle = (2**bits - 1) / 2
+        scale = DEVIATION / ((4**bits - 1) / 12) ** 0.5
         for name, part in parts_of(matrix, blob).items():
             if part.dtype == torch.int32:
                 part.random_(-(1 << 31), (1 << 31) - 1, generator=self._random)
             elif part.dtype == torch.uint8:
                 part.random_(0, 256, generator=self._random)
-            elif part.dim() == 3:  # scale and zero, or the steps of both
-                part.uniform_(0.01, 0.02, generator=self._random)
-                part[..., 1::2] = 1.5 if part.shape[-1] == 2 else 0.01
+            elif part.dim() == 3 and part.shape[-1] == 4:  # steps and starts of scales and zeros in 8 bits
+                part.copy_(torch.tensor([scale / 512, 0.75 * scale, 0.0, middle]).expand(part.shape))
+            elif part.dim() == 3:  # scale and zero
+                part.uniform_(0.75 * scale, 1.25 * scale, generator=self._random)
+                part[..., 1::2] = middle
             elif name == "scales":
-                part.uniform_(0.01, 0.02, generator=self._random)
+                part.uniform_(0.75 * scale, 1.25 * scale, generator=self._random)
             else:
-                part.normal_(0.0, 0.02, generator=self._random)
+                part.normal_(0.0, DEVIATION, generator=self._random)
 
     def resident(
         self, device: torch.device, dtypes: Mapping[str, torch.dtype]

@@ -153,13 +153,22 @@ class DeviceExecution:
         self.runner.deferring = lambda: scope.entered
         most = max(1, min(MOST_TOKENS, self._cache.most_choices // self._top_k))
         runner, uncounted = self.runner, self._cache.uncounted
-        self.steps = Steps(model, self._kv, self._device, self.fused.active, most, uncounted, runner.reset)
+        active = self.fused.active
+        self.steps = Steps(model, self._kv, self._device, active, most, self._begin, uncounted, runner.reset)
         layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
         self.steps.single.learn(lambda: [merge(family, layers) for family in inputs.families()])
         self.steps.capture()
         inputs.freeze()
+        self._begin()
         self.runner.reset()
         self._cache.forget()
+
+    @torch.inference_mode()
+    def _begin(self) -> None:
+        """Nothing was computed yet: no tokens, the first of forced routes."""
+        self._kv.reset()
+        if self.runner.routes is not None:
+            self.runner.routes.rewind()
 
     def new_kv(self) -> KvCache:
         """An empty KV cache: the engine's one, taken from whoever had it."""

@@ -34,12 +34,13 @@ class DecodeStep:
         device: torch.device,
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
         tokens: int = 1,
+        begin: Callable[[], None] | None = None,
     ):
-        """`inside` surrounds every pass of the model."""
+        """`inside` surrounds every pass of the model; `begin` makes all that passes change as it was before any."""
         self._model = model
-        self._cache = cache
         self._fixed = {"use_cache": True, cache_argument(model): cache}
         self._inside = inside
+        self._begin = begin or cache.reset
         self._tokens = torch.zeros(1, tokens, dtype=torch.int64, device=device)
         self._offsets = torch.arange(tokens, device=device)[None]
         self._position = self._offsets.clone()
@@ -51,7 +52,7 @@ class DecodeStep:
         """Make two passes, the second of which has all fused parts, and `arrange` what they showed."""
         for _ in range(2):
             self._pass()
-            self._cache.reset()
+            self._begin()
         arrange()
 
     @torch.inference_mode()
@@ -67,7 +68,7 @@ class DecodeStep:
             for _ in range(WARM_UPS):
                 self._pass()
         torch.cuda.current_stream().wait_stream(stream)
-        self._cache.reset()
+        self._begin()
         self.record()
         self.check()
 
@@ -94,10 +95,10 @@ class DecodeStep:
             RuntimeError: they differ.
         """
         graph, self._graph = self._graph, None
-        self._cache.reset()
+        self._begin()
         expected = [self.run([token], i).clone() for i, token in enumerate(CHECKED)]
         self._graph = graph
-        self._cache.reset()
+        self._begin()
         for i, token in enumerate(CHECKED):
             self.compare(self.run([token], i), expected[i], i)
 

@@ -28,6 +28,7 @@ class Steps:
         device: where they are.
         inside: surrounds every pass.
         most: more tokens than this read values on the host.
+        begin: makes all that passes change as it was before any.
         aside: surrounds passes that are not to be counted.
         abandon: puts in order what a capture that failed has left.
     """
@@ -39,10 +40,11 @@ class Steps:
         device: torch.device,
         inside: Callable[[], AbstractContextManager[None]],
         most: int,
+        begin: Callable[[], None],
         aside: Callable[[], AbstractContextManager[None]],
         abandon: Callable[[], None],
     ):
-        self._make = lambda tokens: DecodeStep(model, cache, device, inside, tokens)
+        self._make = lambda tokens: DecodeStep(model, cache, device, inside, tokens, begin)
         self._cache = cache
         self._room = cache.layers[0].max_cache_len
         self._captures = device.type == "cuda"

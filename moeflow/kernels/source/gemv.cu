@@ -299,15 +299,15 @@ gemv(const char* pool, long long stride, const int* buffers, const int* starts, 
                 uint4 numbers[VECTORS];
                 const uint4* row = x + (long long)source[t] * padded * VECTORS;
 #pragma unroll
-                for (int v = 0; v < VECTORS; v++) numbers[v] = __ldg(row + lane + (step * VECTORS + v) * 32);
+                for (int v = 0; v < VECTORS; v++) numbers[v] = row[lane + (step * VECTORS + v) * 32];
                 float x_sum[UNITS];
                 float x_scale = 0.f;
 #if KIND != DENSE
-                x_scale = __ldg(x_scales + (long long)source[t] * chunks + c);
+                x_scale = x_scales[(long long)source[t] * chunks + c];
 #endif
 #if KIND == AFFINE
 #pragma unroll
-                for (int u = 0; u < UNITS; u++) x_sum[u] = __ldg(x_sums + ((long long)source[t] * chunks + c) * UNITS + u);
+                for (int u = 0; u < UNITS; u++) x_sum[u] = x_sums[((long long)source[t] * chunks + c) * UNITS + u];
 #endif
 #pragma unroll
                 for (int r = 0; r < ROWS; r++)

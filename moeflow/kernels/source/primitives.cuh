@@ -92,7 +92,8 @@ __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch
 
 // From Hopper on a kernel may begin while the one before it in the stream ends (programmatic dependent launch). What it does
 // ahead of `wait_for_previous` must not need, or overwrite, anything that earlier kernels give or read; every kernel calls
-// it first thing in every thread, so that the end of one is the end of all before it. `let_next_begin` allows the next one
+// it first thing in every thread, so that the end of one is the end of all before it. What comes behind it must not be read
+// by __ldg, which the compiler may move ahead. `let_next_begin` allows the next one
 // to begin, which then waits in turn.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

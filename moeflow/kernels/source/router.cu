@@ -124,8 +124,6 @@ route(const void* x, const void* matrix, const void* bias, void* logits, float* 
       long long* index) {
     let_next_begin();
     wait_for_previous();
-    let_next_begin();
-    wait_for_previous();
     __shared__ int last;
     __shared__ float own[WARPS];
     const int lane = threadIdx.x & 31, expert = blockIdx.x * WARPS + (threadIdx.x >> 5), token = blockIdx.y;
