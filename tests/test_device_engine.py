@@ -216,7 +216,7 @@ def test_a_graph_that_forgot_to_count_is_found(tiny_artifact: Path) -> None:
 
             def replay(self) -> None:
                 if self.stuck:
-                    step._cache.reset()
+                    step._begin()
                     step._position.zero_()
                 step._logits = step._pass()
 
