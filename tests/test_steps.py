@@ -47,7 +47,7 @@ class Graph:
     def replay(self) -> None:
         self.replays += 1
         if self.stuck:
-            self.step._cache.reset()
+            self.step._begin()
             self.step._position.copy_(self.step._offsets)
         self.step._logits = self.step._pass()
 
