@@ -20,6 +20,7 @@ from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
 from moeflow.errors import UsageError
 from moeflow.kernels.launcher import Launcher
+from moeflow.model.memory import release_memory
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.routing import guesses, markov, recorded, uniform
 from moeflow.offload.store import HostStore
@@ -35,6 +36,7 @@ from moeflow.schema.profile import Strategy
 __all__ = ["Settings", "measure_limits", "run_rows"]
 
 GIB = 1 << 30
+PREFILLS = 3
 STRATEGIES: tuple[Strategy, ...] = ("full", "no-prefetch", "no-cache", "naive")
 
 
@@ -107,14 +109,14 @@ def _plan(manifest: Manifest, hardware: HardwareProfile, profile: Profile, row: 
 def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, host_before: int) -> BenchmarkRow:
     manifest = artifact.manifest
     if plan.device == "cuda":
+        release_memory(torch.device("cuda"))  # what earlier rows left is not this one's
         torch.cuda.reset_peak_memory_stats()
     routes = _routes(manifest, plan, settings)
     with Engine(artifact, plan, launcher=settings.launcher, routes=routes, store=store) as engine:
         run = _Run(engine, settings)
         run.prefill()  # thrown away, for what is compiled and allocated in it
-        engine.empty_cache()
-        cold, cold_traffic = run.prefill()
-        first, first_traffic = run.prefill()
+        cold, cold_traffic = run.typical_prefill(engine.empty_cache)
+        first, first_traffic = run.typical_prefill()
         run.decode(_warm_up(plan, settings))
         before, wasted_before = engine.traffic, engine.wasted_bytes
         seconds = run.decode(settings.tokens)
@@ -227,6 +229,14 @@ class _Run:
         self._token = int(self._session.prefill(self._prompt).argmax())
         seconds = time.perf_counter() - begin
         return seconds, self._engine.traffic.since(before)
+
+    def typical_prefill(self, before: Callable[[], None] = lambda: None) -> tuple[float, Traffic]:
+        """The median of a few, each after `before`: a busy host delays some of them."""
+        runs = []
+        for _ in range(PREFILLS):
+            before()
+            runs.append(self.prefill())
+        return sorted(runs, key=lambda run: run[0])[PREFILLS // 2]
 
     def decode(self, tokens: int) -> float:
         """Seconds for so many tokens; each is read by the host, as text needs it."""

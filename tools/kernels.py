@@ -1,18 +1,21 @@
 """How near the kernels come to the device's limits: products at real shapes, copies from registered memory.
 
-Run on a CUDA device: `python tools/kernels.py`. Each product is timed in a CUDA graph over several copies of its
+Run on a CUDA device: `python tools/kernels.py`; `--sweep` tries other shares of rows and threads for the products, which
+is where the numbers in `Gemv._share` come from. Each product is timed in a CUDA graph over several copies of its
 matrices, more than the L2 cache holds, by events; the memory's and the copy engine's own rates come from the same run.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from moeflow.artifact.layout import expert_layout
+from moeflow.artifact.layout import expert_layout, packed_matrix
 from moeflow.kernels.gemv import Gate, Gemv, Jobs
 from moeflow.kernels.launcher import CudaLauncher, cuda_launcher
 from moeflow.offload.device import COPY_BLOCKS, COPY_THREADS, PIECE, WARPS
@@ -80,6 +83,28 @@ def products(launcher: CudaLauncher, bandwidth: float) -> None:
             print(f"{'  gate and prepare':<38}{gated * 1e6:>9.1f}")
 
 
+def sweep(launcher: CudaLauncher, bandwidth: float) -> None:
+    """Every matrix with other rows a warp and threads a block; the best three first."""
+    four = HqqScheme(bits=4)
+    shapes = [(s, *shape) for s in SCHEMES for shape in ((28672, 4096, 2, 2), (4096, 14336, 2, 1))]
+    shapes += [(four, 6144, 4096, 1, 1), (four, 4096, 4096, 1, 1), (four, 1536, 2048, 8, 8), (four, 2048, 768, 8, 1)]
+    for scheme, rows, columns, count, share in shapes:
+        matrix = packed_matrix("m", rows, columns, scheme, "bfloat16")
+        nbytes = sum(s.nbytes for s in matrix.segments)
+        stride = -(-nbytes // 4096) * 4096
+        sets = max(2, -(-(300 << 20) // (stride * count)))  # more than L2 holds
+        pool = torch.randint(0, 60, (sets * count, stride), dtype=torch.uint8, device=DEVICE)
+        jobs = [Jobs(pool, row, count, share) for row in torch.arange(sets * count, device=DEVICE).int().view(sets, -1)]
+        found = []
+        for chosen in itertools.product((1, 2, 4), (128, 256)):
+            gemv = Gemv(launcher, matrix, DEVICE)
+            gemv._share = lambda *_, chosen=chosen: chosen  # type: ignore[method-assign]
+            x = gemv.prepare(torch.randn(count // share, columns, device=DEVICE))
+            found.append((seconds(lambda g=gemv, x=x: [g.multiply(x, j) for j in jobs], 7) / sets, chosen))
+        best = [f"{c}: {t * 1e6:.1f} us, {nbytes * count / t / bandwidth:.2f}" for t, c in sorted(found)[:3]]
+        print(f"{scheme.label:<16}{f'{rows} x {columns} x {count}':<20}{'   '.join(best)}")
+
+
 def copies(launcher: CudaLauncher, peak: float) -> None:
     """The copy kernel on one blob after another, as misses are, from memory registered as the store does it."""
     print(f"{'copies from registered memory':<38}{'us each':>9}{'GB/s':>8}{'of engine':>11}")
@@ -110,6 +135,9 @@ def main() -> None:
     launcher = cuda_launcher(DEVICE)
     bandwidth, peak = device_rate(GIB), link_rate(GIB)
     print(f"{torch.cuda.get_device_name()}: memory {bandwidth / 1e9:.0f} GB/s, copy engine {peak / 1e9:.1f} GB/s")
+    if "--sweep" in sys.argv:
+        sweep(launcher, bandwidth)
+        return
     products(launcher, bandwidth)
     copies(launcher, peak)
 

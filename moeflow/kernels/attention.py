@@ -62,9 +62,9 @@ class Shape:
 
     @property
     def threads(self) -> int:
-        """Of a block: sixteen teams, each with eight numbers a thread; eight where a row takes a whole warp."""
-        wider, narrower = (1 << (width // 8 - 1).bit_length() for width in sorted((self.width, self.values))[::-1])
-        return min(256 if wider > 16 else max(32, wider * 16), narrower * TILE)
+        """Of a block: eight warps, each with eight positions of a tile; fewer where a warp holds more rows at once."""
+        lanes = 1 << (max(self.width, self.values) // 8 - 1).bit_length()
+        return TILE // max(8, 32 // lanes) * 32
 
 
 class Attention:

@@ -97,7 +97,8 @@ class CudaLauncher:
         if key not in self._kernels:
             module = self._module(source, macros)
             function = self.check(self.driver.cuModuleGetFunction(module, name.encode()), f"{name} of {source}")
-            early = self.arch >= EARLY_ARCH and "wait_for_previous();" in full_source(source, self._directory)
+            waits = "wait_for_previous();" in full_source(source, self._directory) or defines.get("FOLLOWS") == 1
+            early = self.arch >= EARLY_ARCH and waits
             self._kernels[key] = _CudaKernel(self, function, f"{name} of {source} {dict(macros)}", early)
         return self._kernels[key]
 

@@ -7,9 +7,10 @@
 //   FRESH          1: the tokens' own keys and values come from the projections, and queries and keys are rotated here:
 //                  one launch in place of three, each of which would wait for the one before
 //
-// A share takes the same number of tiles as every other at a given length, so that the result depends on nothing else;
-// shares beyond the length end at once. It takes LEAST tiles before there is a second one: adding up shares costs as much
-// time as a few tiles. The last share of a head to finish adds up all of them, in their order.
+// A warp has positions of its own, and its own largest score, until the end: nobody waits within the loop. A share takes
+// the same number of tiles as every other at a given length, so that the result depends on nothing else; shares beyond the
+// length end at once, and up to LEAST tiles there is one share, since adding up shares takes as long as a tile. The last
+// share of a head to finish adds up all of them, in their order.
 //
 // The code is kept short: a step runs it once per layer, after other kernels, and fetching it costs more than running it.
 #include "elements.cuh"
@@ -24,12 +25,10 @@ constexpr int lanes_of(int width) {   // threads that hold a row, eight numbers 
     while (lanes * 8 < width) lanes *= 2;
     return lanes;
 }
-constexpr int TEAM = lanes_of(WIDTH), TEAM_V = lanes_of(VALUES);
-constexpr int WIDER = TEAM > TEAM_V ? TEAM : TEAM_V, NARROWER = TEAM < TEAM_V ? TEAM : TEAM_V;
-constexpr int WANTED = WIDER > 16 ? 256 : WIDER * 16 < 32 ? 32 : WIDER * 16;
-constexpr int THREADS = WANTED < NARROWER * TILE ? WANTED : NARROWER * TILE;   // the same in attention.py
-constexpr int WARPS = THREADS / 32;
-constexpr int EACH = TILE / (THREADS / TEAM), EACH_V = TILE / (THREADS / TEAM_V);   // rows of a tile that a team reads
+constexpr int TEAM = lanes_of(WIDTH > VALUES ? WIDTH : VALUES);
+constexpr int TEAMS = 32 / TEAM;                             // of a warp, a position each
+constexpr int EACH = TEAMS < 8 ? 8 / TEAMS : 1;              // positions of a team in a tile
+constexpr int OWN = EACH * TEAMS, WARPS = TILE / OWN, THREADS = 32 * WARPS;   // the same in attention.py
 constexpr float LOG2_E = 1.4426950408889634f;
 
 __device__ __forceinline__ float nothing() { return __uint_as_float(0xFF800000u); }   // -infinity
@@ -47,36 +46,15 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 struct Shared {
-    float query[ROWS][WIDTH];          // turned and scaled
+    float query[ROWS][WIDTH];                  // turned and scaled
 #if FRESH
     uint4 fresh[TOKENS * WIDTH * SIZE / 16];   // the tokens' own keys, turned
 #endif
-    float scores[ROWS][TILE];          // then their exponentials
-    float largest[ROWS], sum[ROWS], factor[ROWS];
     float gathered[WARPS][ROWS][VALUES];
+    float largest[WARPS][ROWS], sum[WARPS][ROWS];
     float weights[ROWS][MOST_SPLITS];
     int last, length;
 };
-
-// Turns a tile's scores into exponentials, and says by what earlier results are to be multiplied.
-__device__ __forceinline__ void normalize(Shared& s) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll 1
-    for (int r = threadIdx.x >> 5; r < ROWS; r += WARPS) {
-        const float a = s.scores[r][lane], b = s.scores[r][lane + 32], before = s.largest[r];
-        const float largest = fmaxf(before, warp_max(fmaxf(a, b))), shift = shift_of(largest);
-        const float ea = exp2f(a - shift), eb = exp2f(b - shift);
-        const float sum = warp_sum(ea + eb);
-        s.scores[r][lane] = ea;
-        s.scores[r][lane + 32] = eb;
-        __syncwarp();
-        if (lane == 0) {
-            s.factor[r] = exp2f(before - shift);
-            s.sum[r] = fmaf(s.sum[r], s.factor[r], sum);
-            s.largest[r] = largest;
-        }
-    }
-}
 
 // The logarithm (base 2) of what a head adds to its denominator without a value; -infinity where there is none.
 __device__ __forceinline__ float sink_of(const void* sinks, int head) {
@@ -103,6 +81,31 @@ __device__ __forceinline__ Raw turned(const void* row, long long at, const void*
 }
 #endif
 
+__device__ __forceinline__ Raw key_of(const Shared& s, const void* k, bool fresh, long long at, int own) {
+#if FRESH
+    return load_eight(fresh ? (const void*)s.fresh : k, fresh ? own : at);
+#else
+    return load_eight(k, at);
+#endif
+}
+
+__device__ __forceinline__ void add(float4& sum, float factor, const float4& more) {
+    sum.x = fmaf(factor, more.x, sum.x);
+    sum.y = fmaf(factor, more.y, sum.y);
+    sum.z = fmaf(factor, more.z, sum.z);
+    sum.w = fmaf(factor, more.w, sum.w);
+}
+
+// Four columns of query row `row`: a head of the group and a token.
+__device__ __forceinline__ void write(void* out, const float4& all, float factor, int row, int kv, int group, int column) {
+    const int head = kv * group + row / TOKENS, heads = gridDim.y * group;
+    const long long to = ((long long)(row % TOKENS) * heads + head) * VALUES + column;
+    store_one(out, to, all.x * factor);
+    store_one(out, to + 1, all.y * factor);
+    store_one(out, to + 2, all.z * factor);
+    store_one(out, to + 3, all.w * factor);
+}
+
 // length: tokens in k and v, the query's own included; FRESH: without them, and moved on when every block has begun.
 // finished [heads * chunks + 1] is zero between launches.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -115,21 +118,8 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
     wait_for_previous();
     __shared__ Shared s;
     const int group = (int)group_, thread = threadIdx.x;
-    const int kv = blockIdx.y, lane = thread & 31, own = thread % TEAM * 8, own_v = thread % TEAM_V * 8;
-    const int team = thread / TEAM, team_v = thread / TEAM_V;
-    const int heads = gridDim.y * gridDim.z;
-    if (thread == 0) {
-        const long long before = *length_;
-#if FRESH
-        s.length = (int)before + TOKENS;
-        if (before >= 0 && atomicAdd(finished + heads, 1) == (int)(gridDim.x * heads) - 1) {
-            finished[heads] = 0;
-            *length_ = before + TOKENS;   // all blocks have read it
-        }
-#else
-        s.length = (int)before;
-#endif
-    }
+    const int kv = blockIdx.y, lane = thread & 31, warp = thread >> 5, own = thread % TEAM * 8, team = thread / TEAM;
+    if (thread == 0) s.length = (int)*length_ + (FRESH ? TOKENS : 0);
     // Row r of this block: a query head of the group and one of its tokens. A team a row; own keys follow the queries.
 #pragma unroll 1
     for (int job = team; job < ROWS + FRESH * TOKENS && own < WIDTH; job += THREADS / TEAM) {
@@ -156,15 +146,20 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
 #pragma unroll
         for (int i = 0; i < 8; i++) s.query[job][own + i] = numbers[i] * (scale * LOG2_E);
     }
-    if (thread < ROWS) { s.largest[thread] = nothing(); s.sum[thread] = 0.f; }
     __syncthreads();
+#if FRESH
+    const int heads = gridDim.y * gridDim.z;
+    if (thread == THREADS - 1 && atomicAdd(finished + heads, 1) == (int)(gridDim.x * heads) - 1) {
+        finished[heads] = 0;
+        *length_ = s.length;   // all blocks have read it
+    }
+#endif
 
     const int length = s.length, start = length - TOKENS;   // of the query's tokens
     const int lowest = window > 0 ? start + 1 - (int)window : 0, first = lowest > 0 ? lowest : 0;
     const int tiles = (length - first + TILE - 1) / TILE, splits = gridDim.x, split = blockIdx.x;
     if (tiles <= 0) return;
-    const int least = tiles < LEAST ? tiles : LEAST;
-    const int share = (tiles + splits - 1) / splits > least ? (tiles + splits - 1) / splits : least;
+    const int share = tiles <= LEAST ? tiles : (tiles + splits - 1) / splits;
     const int active = (tiles + share - 1) / share;
     if (split >= active) return;
     const int begin = split * share, end = begin + share < tiles ? begin + share : tiles;
@@ -176,27 +171,32 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
             const int at = start + token;
             if (at < first + begin * TILE || at >= first + end * TILE || at >= (int)capacity) continue;
             if (own < WIDTH) store_eight(k, kv * k_head + at * k_token + own, load_eight(s.fresh, token * WIDTH + own));
-            for (int i = own; i < VALUES; i += TEAM * 8)
-                store_eight(v, kv * v_head + at * v_token + i, load_eight(new_v, kv * new_v_head + token * new_v_token + i));
+            if (own < VALUES)
+                store_eight(v, kv * v_head + at * v_token + own, load_eight(new_v, kv * new_v_head + token * new_v_token + own));
         }
 #endif
 
-    float query[ROWS][8], sums[ROWS][8];
+    float query[ROWS][8], sums[ROWS][8], largest[ROWS], sum[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
+        largest[r] = nothing();
+        sum[r] = 0.f;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             query[r][i] = own < WIDTH ? s.query[r][own + i] : 0.f;
             sums[r][i] = 0.f;
         }
-    Raw keys[EACH], values[EACH_V];   // of the next tile, on their way while the present one is computed
+    }
+    Raw keys[EACH], values[EACH];   // of the next tile, on their way while the present one is computed
+    const int offset = first + warp * OWN + lane / TEAM;   // of the lane's first position in a tile
 #pragma unroll 1
     for (int tile = begin; tile <= end; tile++) {   // loads `tile`, computes the one before
-        const int base = first + tile * TILE, before = base - TILE;
-        if (tile > begin) {
+        const int next = offset + tile * TILE, at0 = next - TILE;
+        const bool computes = tile > begin, loads = tile < end;
+        float score[EACH][ROWS];
+        if (computes) {
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
-                const int local = i * (THREADS / TEAM) + team, at = before + local;
                 float key[8];
                 unpack_eight(keys[i], key);
 #pragma unroll
@@ -206,145 +206,156 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
                     for (int j = 0; j < 8; j++) dot = fmaf(query[r][j], key[j], dot);
 #pragma unroll
                     for (int o = TEAM / 2; o; o >>= 1) dot += __shfl_xor_sync(0xFFFFFFFFu, dot, o);
-                    const int position = start + (blockIdx.z * ROWS + r) % TOKENS;
-                    const bool seen = at <= position && (window <= 0 || at > position - (int)window);
-                    if (own == 0) s.scores[r][local] = seen ? dot : nothing();
+                    const int at = at0 + i * TEAMS, position = start + (blockIdx.z * ROWS + r) % TOKENS;
+                    score[i][r] = at <= position && (window <= 0 || at > position - (int)window) ? dot : nothing();
                 }
             }
         }
-        if (tile < end) {
+        if (loads)
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
-                const int at = base + i * (THREADS / TEAM) + team;
-                const bool there = at < length && own < WIDTH;
-#if FRESH
-                const bool fresh = at >= start;
-                keys[i] = there ? load_eight(fresh ? (const void*)s.fresh : k,
-                                             fresh ? (long long)(at - start) * WIDTH + own : kv * k_head + at * k_token + own)
-                                : no_numbers();
-#else
-                keys[i] = there ? load_eight(k, kv * k_head + at * k_token + own) : no_numbers();
-#endif
+                const int at = next + i * TEAMS;
+                const bool fresh = FRESH && at >= start;
+                keys[i] = at < length && own < WIDTH ? key_of(s, k, fresh, kv * k_head + at * k_token + own, (at - start) * WIDTH + own)
+                                                     : no_numbers();
             }
-        }
-        if (tile > begin) {
-            __syncthreads();
-            normalize(s);
-            __syncthreads();
+        if (computes)
 #pragma unroll
-            for (int r = 0; r < ROWS; r++)
+            for (int r = 0; r < ROWS; r++) {
+                float most = largest[r];
 #pragma unroll
-                for (int j = 0; j < 8; j++) sums[r][j] *= s.factor[r];
+                for (int i = 0; i < EACH; i++) most = fmaxf(most, score[i][r]);
 #pragma unroll
-            for (int i = 0; i < EACH_V; i++) {
+                for (int o = TEAM; o < 32; o <<= 1) most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, o));
+                const float shift = shift_of(most), factor = exp2f(largest[r] - shift);
+                largest[r] = most;
+                sum[r] *= factor;
+#pragma unroll
+                for (int j = 0; j < 8; j++) sums[r][j] *= factor;
+#pragma unroll
+                for (int i = 0; i < EACH; i++) {
+                    score[i][r] = exp2f(score[i][r] - shift);
+                    sum[r] += score[i][r];
+                }
+            }
+        if (computes)
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
                 float value[8];
                 unpack_eight(values[i], value);
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    const float weight = s.scores[r][i * (THREADS / TEAM_V) + team_v];
+                for (int r = 0; r < ROWS; r++)
 #pragma unroll
-                    for (int j = 0; j < 8; j++) sums[r][j] = fmaf(weight, value[j], sums[r][j]);
-                }
+                    for (int j = 0; j < 8; j++) sums[r][j] = fmaf(score[i][r], value[j], sums[r][j]);
             }
-            __syncthreads();
-        }
-        if (tile < end) {
+        if (loads)
 #pragma unroll
-            for (int i = 0; i < EACH_V; i++) {
-                const int at = base + i * (THREADS / TEAM_V) + team_v;
-                const bool there = at < length && own_v < VALUES;
-#if FRESH
-                const bool fresh = at >= start;
-                values[i] = there ? load_eight(fresh ? new_v : v,
-                                               fresh ? kv * new_v_head + (at - start) * new_v_token + own_v
-                                                     : kv * v_head + at * v_token + own_v)
-                                  : no_numbers();
-#else
-                values[i] = there ? load_eight(v, kv * v_head + at * v_token + own_v) : no_numbers();
-#endif
+            for (int i = 0; i < EACH; i++) {
+                const int at = next + i * TEAMS;
+                const bool fresh = FRESH && at >= start;
+                values[i] = at < length && own < VALUES
+                    ? load_eight(fresh ? new_v : v, fresh ? kv * new_v_head + (at - start) * new_v_token + own
+                                                          : kv * v_head + at * v_token + own)
+                    : no_numbers();
             }
-        }
     }
 
-    // The teams' sums, first those within a warp.
+    // The teams' sums, then the warps', each with its own largest score.
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
+        for (int o = TEAM; o < 32; o <<= 1) {
+            sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], o);
 #pragma unroll
-            for (int o = TEAM_V; o < 32; o <<= 1) sums[r][j] += __shfl_xor_sync(0xFFFFFFFFu, sums[r][j], o);
-            if (lane < TEAM_V && own_v < VALUES) s.gathered[thread >> 5][r][own_v + j] = sums[r][j];
+            for (int j = 0; j < 8; j++) sums[r][j] += __shfl_xor_sync(0xFFFFFFFFu, sums[r][j], o);
         }
+        if (lane < TEAM && own < VALUES)
+#pragma unroll
+            for (int j = 0; j < 8; j++) s.gathered[warp][r][own + j] = sums[r][j];
+        if (lane == 0) {
+            s.largest[warp][r] = largest[r];
+            s.sum[warp][r] = sum[r];
+        }
+    }
+    __syncthreads();
+    if (thread < ROWS) {   // what each warp's sums are to be multiplied by, in place of its largest score
+        float most = nothing(), total = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) most = fmaxf(most, s.largest[w][thread]);
+        const float shift = shift_of(most);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float factor = exp2f(s.largest[w][thread] - shift);
+            s.largest[w][thread] = factor;
+            total = fmaf(factor, s.sum[w][thread], total);
+        }
+        s.weights[thread][0] = most;
+        s.weights[thread][1] = total;
+    }
     __syncthreads();
 
     const long long block = (long long)blockIdx.y * gridDim.z + blockIdx.z;
-    if (active > 1) {
-        const long long place = block * splits + split;
-#pragma unroll 1
-        for (int i = thread; i < ROWS * VALUES; i += THREADS) {
-            float sum = 0.f;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) sum += s.gathered[w][i / VALUES][i % VALUES];
-            partial[place * ROWS * VALUES + i] = sum;
-        }
-        if (thread < ROWS) {
-            stats[(place * ROWS + thread) * 2] = s.largest[thread];
-            stats[(place * ROWS + thread) * 2 + 1] = s.sum[thread];
-        }
-        __syncthreads();
-        if (thread == 0) {
-            __threadfence();   // the whole block's numbers, as the barrier ordered them before this
-            s.last = atomicAdd(finished + block, 1) == active - 1;
-            __threadfence();
-        }
-        __syncthreads();
-        if (!s.last) return;
-        if (thread == 0) finished[block] = 0;   // for the next launch
+    const long long place = block * splits + split;
+    if (active > 1 && thread < ROWS) {
+        stats[(place * ROWS + thread) * 2] = s.weights[thread][0];
+        stats[(place * ROWS + thread) * 2 + 1] = s.weights[thread][1];
     }
+    // Four columns a thread.
 #pragma unroll 1
-    for (int r = thread >> 5; r < ROWS; r += WARPS) {
-        const int row = blockIdx.z * ROWS + r;
-        const float sink = row < group * TOKENS ? sink_of(sinks, kv * group + row / TOKENS) : nothing();
-        float largest[2], sum[2];
-        for (int i = 0; i < 2; i++) {
-            const int other = lane + 32 * i;
-            const float* stat = stats + ((block * splits + other) * ROWS + r) * 2;
-            largest[i] = other >= active ? nothing() : active > 1 ? __ldcg(stat) : s.largest[r];
-            sum[i] = other >= active ? 0.f : active > 1 ? __ldcg(stat + 1) : s.sum[r];
+    for (int i = 4 * thread; i < ROWS * VALUES; i += 4 * THREADS) {
+        const int r = i / VALUES, column = i % VALUES, row = blockIdx.z * ROWS + r;
+        float4 all = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) add(all, s.largest[w][r], *(const float4*)&s.gathered[w][r][column]);
+        if (active > 1) {
+            *(float4*)(partial + place * ROWS * VALUES + i) = all;
+            continue;
         }
-        const float all = fmaxf(sink, warp_max(fmaxf(largest[0], largest[1]))), shift = shift_of(all);
-        const float a = exp2f(largest[0] - shift), b = exp2f(largest[1] - shift);
-        const float total = warp_sum(a * sum[0] + b * sum[1]) + exp2f(sink - shift);
-        s.weights[r][lane] = a / total;
-        s.weights[r][lane + 32] = b / total;
+        if (row >= group * TOKENS) break;
+        const float sink = sink_of(sinks, kv * group + row / TOKENS);
+        const float most = fmaxf(sink, s.weights[r][0]), shift = shift_of(most);
+        const float here = exp2f(s.weights[r][0] - shift);
+        const float total = here * s.weights[r][1] + exp2f(sink - shift);
+        write(out, all, here / total, row, kv, group, column);
+    }
+    if (active == 1) return;
+    __syncthreads();
+    if (thread == 0) {
+        __threadfence();   // the whole block's numbers, as the barrier ordered them before this
+        s.last = atomicAdd(finished + block, 1) == active - 1;
+        __threadfence();
     }
     __syncthreads();
-    // Four columns a thread, so that a pass over all shares serves the whole block.
+    if (!s.last) return;
+    if (thread == 0) finished[block] = 0;   // for the next launch
+#pragma unroll 1
+    for (int r = warp; r < ROWS; r += WARPS) {
+        const int row = blockIdx.z * ROWS + r;
+        const float sink = row < group * TOKENS ? sink_of(sinks, kv * group + row / TOKENS) : nothing();
+        float most[2], total[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int other = lane + 32 * i;
+            const float2* stat = (const float2*)stats + (block * splits + other) * ROWS + r;
+            const float2 found = other < active ? __ldcg(stat) : make_float2(nothing(), 0.f);
+            most[i] = found.x;
+            total[i] = found.y;
+        }
+        const float shift = shift_of(fmaxf(sink, warp_max(fmaxf(most[0], most[1]))));
+        const float a = exp2f(most[0] - shift), b = exp2f(most[1] - shift);
+        const float sum_of_all = warp_sum(a * total[0] + b * total[1]) + exp2f(sink - shift);
+        s.weights[r][lane] = a / sum_of_all;
+        s.weights[r][lane + 32] = b / sum_of_all;
+    }
+    __syncthreads();
 #pragma unroll 1
     for (int i = 4 * thread; i < ROWS * VALUES; i += 4 * THREADS) {
         const int r = i / VALUES, row = blockIdx.z * ROWS + r;
         if (row >= group * TOKENS) break;
-        float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        if (active > 1) {
+        float4 all = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
-            for (int p = 0; p < active; p++) {
-                const float weight = s.weights[r][p];
-                const float4 part = __ldcg((const float4*)(partial + (block * splits + p) * ROWS * VALUES + i));
-                sum[0] = fmaf(weight, part.x, sum[0]);
-                sum[1] = fmaf(weight, part.y, sum[1]);
-                sum[2] = fmaf(weight, part.z, sum[2]);
-                sum[3] = fmaf(weight, part.w, sum[3]);
-            }
-        } else {
-            for (int w = 0; w < WARPS; w++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) sum[j] += s.gathered[w][r][i % VALUES + j];
-#pragma unroll
-            for (int j = 0; j < 4; j++) sum[j] *= s.weights[r][0];
-        }
-        const int head = kv * group + row / TOKENS, all = gridDim.y * group;
-        const long long to = ((long long)(row % TOKENS) * all + head) * VALUES + i % VALUES;
-#pragma unroll
-        for (int j = 0; j < 4; j++) store_one(out, to + j, sum[j]);
+        for (int p = 0; p < active; p++)
+            add(all, s.weights[r][p], __ldcg((const float4*)(partial + (block * splits + p) * ROWS * VALUES + i)));
+        write(out, all, 1.f, row, kv, group, i % VALUES);
     }
 }

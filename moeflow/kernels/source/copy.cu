@@ -5,10 +5,12 @@
 // a guess watches a flag and gives way within one piece; how far each warp came is noted, so that a right guess is
 // completed and not repeated.
 //
-// WARPS: of the whole grid, the same in every launch.
+// WARPS: of the whole grid, the same in every launch. FOLLOWS: 1 for a launch right behind one for other pieces of the same
+// jobs: it may begin while that one's last pieces are on their way, so that the link does not run dry in between.
 #include "primitives.cuh"
 
 constexpr int PIECE = 4096;
+constexpr int ENDING = 2;   // pieces of a warp: a few microseconds on any link
 
 enum { MOVED, GUESSED_BYTES, USED_BYTES };   // counters of bytes
 
@@ -41,7 +43,10 @@ copy(const char* source, char* pool, long long nbytes, const int* jobs, const in
         if (first == 0) spared += done;
         if (p < first) p += (first - p + WARPS - 1) / WARPS * WARPS;
 #pragma unroll 1
-        for (; p < last; p += WARPS, moved++) move(from + p * PIECE, to + p * PIECE, lane);
+        for (; p < last; p += WARPS, moved++) {
+            if (j == count - 1 && p + ENDING * WARPS >= last) let_next_begin();
+            move(from + p * PIECE, to + p * PIECE, lane);
+        }
     }
     if (lane == 0) {
         if (moved) atomicAdd((unsigned long long*)counters + MOVED, (unsigned long long)(moved * PIECE));

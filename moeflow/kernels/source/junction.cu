@@ -67,6 +67,12 @@ extern "C" __global__ void __launch_bounds__(1024)
 junction(const void* residual, const void* added, const float* results, const void* weights, long long top_k,
          const void* scale, void* total, void* normal, uint4* pieces, float* scales, float* sums, float eps) {
     let_next_begin();
+    Raw by[EACH];   // the norm's weight does not depend on anything before
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int group = i * (int)blockDim.x + threadIdx.x;
+        by[i] = group < GROUPS ? load_eight(scale, group * 8) : no_numbers();
+    }
     wait_for_previous();
     const int token = blockIdx.x;
     const long long row = (long long)token * COLUMNS;
@@ -98,12 +104,12 @@ junction(const void* residual, const void* added, const float* results, const vo
     for (int i = 0; i < EACH; i++) {
         const int group = i * (int)blockDim.x + threadIdx.x;
         const bool inside = group < GROUPS;
-        float by[8];
-        unpack_eight(inside ? load_eight(scale, group * 8) : no_numbers(), by);
+        float weight[8];
+        unpack_eight(by[i], weight);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float plain = mul_rn(v[i][j], factor);
-            v[i][j] = rounded(mul_rn(by[j], LATE ? plain : rounded(plain)));
+            v[i][j] = rounded(mul_rn(weight[j], LATE ? plain : rounded(plain)));
         }
         if (inside) store_eight(normal, row + group * 8, pack_eight(v[i]));
 #if LAY_OUT

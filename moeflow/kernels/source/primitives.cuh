@@ -127,12 +127,13 @@ __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, 
 // bfloat16 is the upper half of a float: the same on every device, as sm_75 has no instruction for it.
 __device__ __forceinline__ float bf16_to_float(unsigned short b) { return __uint_as_float((unsigned)b << 16); }
 __device__ __forceinline__ unsigned short float_to_bf16(float f) {   // to nearest, ties to even; NaN stays NaN
+#if __CUDA_ARCH__ >= 800 && !defined(MOEFLOW_EMULATOR)
+    unsigned short b;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(f));
+    return b;
+#else
     const unsigned u = __float_as_uint(f);
     if ((u & 0x7FFFFFFFu) > 0x7F800000u) return (unsigned short)(u >> 16 | 0x40u);
     return (unsigned short)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
-}
-#if defined(MOEFLOW_EMULATOR) || __CUDA_ARCH__ < 800
-__device__ __forceinline__ unsigned float2_to_b2(float low, float high) {
-    return float_to_bf16(low) | (unsigned)float_to_bf16(high) << 16;
-}
 #endif
+}

@@ -15,16 +15,23 @@
 constexpr int WARPS = 8, OWN = (EXPERTS + 31) / 32;   // experts a lane holds
 constexpr bool ALONE = EXPERTS <= WARPS;              // one block computes all logits of a token
 
-__device__ __forceinline__ void load_weights_eight(const void* matrix, long long at, float* out) {
+// Eight numbers of the matrix, as they lie in memory.
 #if MATRIX == ELEMENT
-    unpack_eight(load_eight(matrix, at), out);
+using Row = Raw;
+__device__ __forceinline__ Row load_row(const void* matrix, long long at) { return load_eight(matrix, at); }
+__device__ __forceinline__ void numbers_of(const Row& row, float* out) { unpack_eight(row, out); }
 #else
+struct Row { float4 low, high; };
+__device__ __forceinline__ Row load_row(const void* matrix, long long at) {
     const float4* from = (const float4*)((const float*)matrix + at);
-    const float4 a = from[0], b = from[1];
-    out[0] = a.x; out[1] = a.y; out[2] = a.z; out[3] = a.w;
-    out[4] = b.x; out[5] = b.y; out[6] = b.z; out[7] = b.w;
-#endif
+    return {from[0], from[1]};
 }
+__device__ __forceinline__ void numbers_of(const Row& row, float* out) {
+    out[0] = row.low.x; out[1] = row.low.y; out[2] = row.low.z; out[3] = row.low.w;
+    out[4] = row.high.x; out[5] = row.high.y; out[6] = row.high.z; out[7] = row.high.w;
+}
+#endif
+constexpr int STEPS = (COLUMNS + 255) / 256, AHEAD = STEPS < 16 ? STEPS : 16;
 
 __device__ __forceinline__ float as_matrix(float value) {
 #if MATRIX == ELEMENT
@@ -123,17 +130,32 @@ extern "C" __global__ void __launch_bounds__(256)
 route(const void* x, const void* matrix, const void* bias, void* logits, float* exact, int* finished, void* weights,
       long long* index) {
     let_next_begin();
-    wait_for_previous();
     __shared__ int last;
     __shared__ float own[WARPS];
     const int lane = threadIdx.x & 31, expert = blockIdx.x * WARPS + (threadIdx.x >> 5), token = blockIdx.y;
+    // The matrix does not depend on anything before: up to 4,096 columns of it are here when x is.
+    Row rows[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+        if (expert < EXPERTS && lane * 8 + 256 * i < COLUMNS) rows[i] = load_row(matrix, (long long)expert * COLUMNS + lane * 8 + 256 * i);
+    wait_for_previous();
     if (expert < EXPERTS) {
         float sum = 0.f;
-#pragma unroll 16
-        for (int i = lane * 8; i < COLUMNS; i += 256) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int column = lane * 8 + 256 * i;
+            if (column >= COLUMNS) break;
             float a[8], b[8];
-            unpack_eight(load_eight(x, (long long)token * COLUMNS + i), a);
-            load_weights_eight(matrix, (long long)expert * COLUMNS + i, b);
+            unpack_eight(load_eight(x, (long long)token * COLUMNS + column), a);
+            numbers_of(rows[i], b);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum = fmaf(a[j], b[j], sum);
+        }
+#pragma unroll 4
+        for (int column = lane * 8 + 256 * AHEAD; column < COLUMNS; column += 256) {
+            float a[8], b[8];
+            unpack_eight(load_eight(x, (long long)token * COLUMNS + column), a);
+            numbers_of(load_row(matrix, (long long)expert * COLUMNS + column), b);
 #pragma unroll
             for (int j = 0; j < 8; j++) sum = fmaf(a[j], b[j], sum);
         }
