@@ -1,8 +1,8 @@
 """How near the kernels come to the device's limits: products at real shapes, copies from registered memory.
 
-Run on a CUDA device: `python tools/kernels.py`; `--sweep` tries other shares of rows and threads for the products, which
-is where the numbers in `Gemv._share` come from. Each product is timed in a CUDA graph over several copies of its
-matrices, more than the L2 cache holds, by events; the memory's and the copy engine's own rates come from the same run.
+Run on a CUDA device: `python tools/kernels.py`; `--sweep` tries other shares of rows and threads for the products: the
+numbers in `Gemv._share` come from there. Each product is timed in a CUDA graph over several copies of its matrices,
+more than the L2 cache holds, by events; the memory's and the copy engine's own rates come from the same run.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def sweep(launcher: CudaLauncher, bandwidth: float) -> None:
             gemv = Gemv(launcher, matrix, DEVICE)
             gemv._share = lambda *_, chosen=chosen: chosen  # type: ignore[method-assign]
             x = gemv.prepare(torch.randn(count // share, columns, device=DEVICE))
-            found.append((seconds(lambda g=gemv, x=x: [g.multiply(x, j) for j in jobs], 7) / sets, chosen))
+            found.append((seconds(lambda g=gemv, x=x, js=jobs: [g.multiply(x, j) for j in js], 7) / sets, chosen))
         best = [f"{c}: {t * 1e6:.1f} us, {nbytes * count / t / bandwidth:.2f}" for t, c in sorted(found)[:3]]
         print(f"{scheme.label:<16}{f'{rows} x {columns} x {count}':<20}{'   '.join(best)}")
 

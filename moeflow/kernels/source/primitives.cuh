@@ -137,3 +137,8 @@ __device__ __forceinline__ unsigned short float_to_bf16(float f) {   // to neare
     return (unsigned short)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
 #endif
 }
+#if defined(MOEFLOW_EMULATOR) || __CUDA_ARCH__ < 800
+__device__ __forceinline__ unsigned float2_to_b2(float low, float high) {
+    return float_to_bf16(low) | (unsigned)float_to_bf16(high) << 16;
+}
+#endif
