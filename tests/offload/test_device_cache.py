@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeflow.offload.device import PIECE, DeviceCache
+from moeflow.offload.device import PIECE, WARPS, DeviceCache
 from moeflow.offload.policy import make_policy
 from moeflow.offload.traffic import Traffic
 
@@ -135,7 +135,7 @@ def test_a_guess_that_was_stopped_is_completed() -> None:
     buffers = dict(cache._guesses[1].tolist())
     for g, (_, buffer) in enumerate(cache._guesses[1].tolist()):
         for warp, done in enumerate(cache._progress[1, g].tolist()):
-            for piece in range(warp + done * 64, 200, 64):
+            for piece in range(warp + done * WARPS, 200, WARPS):
                 cache._pool(1).memory[buffer, piece * PIECE : (piece + 1) * PIECE] = 0
     found = cache.find(1, torch.tensor([[6, 2]]), 1)
     assert found.places[0] == buffers[6]
