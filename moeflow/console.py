@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moeflow.progress import Progress
-from moeflow.schema import HardwareProfile, Manifest, Plan
+from moeflow.schema import DenseScheme, HardwareProfile, Manifest, Plan, Quantization
 from moeflow.schema.units import format_rate, format_size
 
 if TYPE_CHECKING:
@@ -145,12 +145,9 @@ def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
 
 def show_manifest(manifest: Manifest, to: Console = out) -> None:
     """A packed model: sizes by role, bits, layout."""
-    facts, experts = manifest.model, manifest.quantization.experts
-    packed = sum(s.nbytes for m in manifest.resident for s in m.segments)
-    dense = manifest.resident_nbytes - packed
-    weights = sum(m.rows * m.columns for m in manifest.resident)
+    facts = manifest.model
+    dense = manifest.resident_nbytes - sum(m.nbytes for m in manifest.resident)
     expert_bits = 8 * manifest.expert_nbytes / facts.expert_parameters  # with scales, zeros and padding
-    attention_bits = f"{8 * packed / weights:.2f}" if weights else ""
     errors = [layer.relative_error for layer in manifest.layers]
     _facts(
         to,
@@ -158,7 +155,7 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
         [
             ("parameters", f"{facts.parameters:,}, of which {facts.expert_parameters:,} in experts"),
             ("experts", f"{len(manifest.layers)} layers of {manifest.layers[0].experts}, top-{facts.top_k}"),
-            ("quantization", f"experts {experts.label}, attention {manifest.quantization.attention.label}"),
+            ("quantization", _schemes(manifest.quantization)),
         ],
     )
     _grid(
@@ -172,7 +169,7 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
                 f"{expert_bits:.2f}",
                 f"{min(errors):.4f}-{max(errors):.4f}",
             ),
-            ("attention, packed", format_size(packed), attention_bits, f"{manifest.resident_error:.4f}"),
+            *_resident_rows(manifest),
             ("other resident", format_size(dense), "", "0"),
         ],
     )
@@ -185,6 +182,25 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
         _grid(
             to, f"blob {number}: {layout.nbytes:,} bytes", ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows
         )
+
+
+def _schemes(quantization: Quantization) -> str:
+    """A scheme per role; roles that stay as they are by default are named where they do not."""
+    roles = {"experts": quantization.experts, "attention": quantization.attention}
+    for role in ("shared_experts", "head"):
+        if not isinstance(scheme := getattr(quantization, role), DenseScheme):
+            roles[role.replace("_", " ")] = scheme
+    return ", ".join(f"{role} {scheme.label}" for role, scheme in roles.items())
+
+
+def _resident_rows(manifest: Manifest) -> Iterator[tuple[str, str, str, str]]:
+    """Quantized matrices outside the experts by role; their error is known for all together."""
+    roles = dict.fromkeys(("attention", *(m.role for m in manifest.resident)))
+    for role in roles:
+        matrices = [m for m in manifest.resident if m.role == role]
+        nbytes, weights = sum(m.nbytes for m in matrices), sum(m.rows * m.columns for m in matrices)
+        bits = f"{8 * nbytes / weights:.2f}" if weights else ""
+        yield f"{role.replace('_', ' ')}, packed", format_size(nbytes), bits, f"{manifest.resident_error:.4f}"
 
 
 def show_stats(stats: Statistics) -> None:

@@ -11,62 +11,60 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from moeflow.artifact.checkpoint import Checkpoint
-from moeflow.artifact.layout import expert_layout, packed_matrix
+from moeflow.artifact.layout import expert_layout, resident_matrix
+from moeflow.artifact.schemes import Schemes
 from moeflow.schema import (
     BlobLayout,
-    DenseScheme,
     ExpertLayer,
     Manifest,
     ModelFacts,
-    PackedMatrix,
     Quantization,
+    ResidentMatrix,
+    Scheme,
     Shard,
 )
 
 __all__ = ["Blueprint", "RESIDENT_SHARD"]
 
 RESIDENT_SHARD = "resident.safetensors"
+_Kind = tuple[int, int, Scheme]
 
 
 class Blueprint:
     """What one checkpoint becomes under one quantization.
 
     Raises:
-        DocumentError: a group size does not fit the model's dimensions.
+        DocumentError: a group size does not fit the model's dimensions, or a scheme has nothing to apply to.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: str, quantization: Quantization):
         self.checkpoint = checkpoint
         self.source = source
         self.quantization = quantization
-        shapes = dict.fromkeys((layer.hidden, layer.intermediate) for layer in checkpoint.layers)
-        self._layouts: dict[tuple[int, int], BlobLayout] = {
-            shape: expert_layout(*shape, quantization.experts, checkpoint.dtype, checkpoint.family.biased)
-            for shape in shapes
+        self._schemes = Schemes(checkpoint, quantization)
+        kinds = dict.fromkeys(map(self._kind, range(len(checkpoint.layers))))
+        self._layouts: dict[_Kind, BlobLayout] = {
+            kind: expert_layout(*kind, checkpoint.dtype, checkpoint.family.biased) for kind in kinds
         }
-        self.resident: dict[str, PackedMatrix] = self._resident_matrices()
+        self.resident: dict[str, ResidentMatrix] = {}
+        """Resident matrices that are quantized, by parameter name."""
+        for name, (role, scheme) in self._schemes.resident.items():
+            rows, columns = checkpoint.tensors[checkpoint.resident[name]].shape
+            self.resident[name] = resident_matrix(role, name, rows, columns, scheme, checkpoint.dtype)
 
-    def _resident_matrices(self) -> dict[str, PackedMatrix]:
-        """Layouts of the resident matrices that are quantized; each is a little blob of its own."""
-        scheme, checkpoint = self.quantization.attention, self.checkpoint
-        if isinstance(scheme, DenseScheme):
-            return {}
-        found = {}
-        for name, stored in checkpoint.resident.items():
-            if checkpoint.family.is_attention(name):
-                rows, columns = checkpoint.tensors[stored].shape
-                found[name] = packed_matrix(name, rows, columns, scheme, checkpoint.dtype)
-        return found
+    def _kind(self, position: int) -> _Kind:
+        """What decides the layout of the MoE layer at `position`."""
+        layer = self.checkpoint.layers[position]
+        return layer.hidden, layer.intermediate, self._schemes.experts(position)
 
     @property
     def layouts(self) -> tuple[BlobLayout, ...]:
-        """One per shape of expert, in the order in which layers meet them."""
+        """One per shape and scheme of experts, in the order in which layers meet them."""
         return tuple(self._layouts.values())
 
     def layout(self, position: int) -> BlobLayout:
         """The blobs of the MoE layer at `position`."""
-        layer = self.checkpoint.layers[position]
-        return self._layouts[layer.hidden, layer.intermediate]
+        return self._layouts[self._kind(position)]
 
     def shard(self, position: int) -> str:
         """The file of the MoE layer at `position`."""
@@ -77,7 +75,7 @@ class Blueprint:
     def resident_nbytes(self) -> int:
         """Data bytes of the resident shard."""
         checkpoint = self.checkpoint
-        packed = sum(segment.nbytes for matrix in self.resident.values() for segment in matrix.segments)
+        packed = sum(matrix.nbytes for matrix in self.resident.values())
         dense = (checkpoint.tensors[n].nbytes for name, n in checkpoint.resident.items() if name not in self.resident)
         return packed + sum(dense)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moeflow.artifact.families import ATTENTION, COMPUTED, FAMILIES, Family
+from moeflow.artifact.families import ATTENTION, COMPUTED, FAMILIES, HEAD, SHARED_EXPERTS, Family
 from moeflow.errors import CheckpointError
 
 __all__ = ["discover", "meta_model"]
@@ -135,7 +135,9 @@ class _Discovery:
             renames=renames,
             transposed=flags["is_transposed"],
             ignored=ignored,
-            attention=self._attention(),
+            attention=self._linear(ATTENTION),
+            shared_experts=self._linear(SHARED_EXPERTS),
+            head=self._linear(HEAD),
         )
 
     @property
@@ -212,13 +214,13 @@ class _Discovery:
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         return tuple(sorted(p for p in patterns if not p.startswith(r"model\.layers\.") and p != COMPUTED))
 
-    def _attention(self) -> str:
-        """Attention's projections, or nothing where the names mean something else here."""
+    def _linear(self, pattern: str) -> str:
+        """`pattern`, which names linear layers, or nothing where the names mean something else here."""
         import torch
 
-        chosen = [n for n in self.state if re.search(ATTENTION, n)]
+        chosen = [n for n in self.state if re.search(pattern, n)]
         plain = all(isinstance(self.model.get_submodule(n.rpartition(".")[0]), torch.nn.Linear) for n in chosen)
-        return ATTENTION if plain else r"(?!)"
+        return pattern if plain else r"(?!)"
 
 
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")

@@ -14,11 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-__all__ = ["Family", "ExpertTensor", "FAMILIES", "ROLES"]
+from moeflow.schema import ResidentRole
+
+__all__ = ["Family", "ExpertTensor", "FAMILIES", "ROLES", "ATTENTION", "SHARED_EXPERTS", "HEAD"]
 
 ROLES = ("gate", "up", "gate_up", "down", "gate_up_bias", "down_bias")
 # Projections of attention layers; a norm or a sink of the same module has no `proj` in its name.
 ATTENTION = r"\.(self_attn|attention|attn)\.\w*proj\w*\.weight$"
+# Matrices of the experts that every token uses; their gate in Qwen2-MoE, one row, is a module of another name.
+SHARED_EXPERTS = r"\.(shared_experts?|shared_mlp)\.\w+\.weight$"
+HEAD = r"^lm_head\.weight$"
 # Tables that old checkpoints hold and transformers computes.
 COMPUTED = r"rotary_emb\.inv_freq$"
 
@@ -53,6 +58,10 @@ class Family:
     """Regular expressions of tensors that transformers' model does not use."""
     attention: str = ATTENTION
     """Regular expression of the parameters that the attention scheme applies to."""
+    shared_experts: str = SHARED_EXPERTS
+    """The same for shared experts' scheme."""
+    head: str = HEAD
+    """The same for the output head's."""
 
     @property
     def biased(self) -> bool:
@@ -96,9 +105,14 @@ class Family:
             return True
         return any(re.search(pattern, name) for pattern in (COMPUTED, *self.ignored))
 
-    def is_attention(self, name: str) -> bool:
-        """Whether the attention scheme applies to this parameter."""
-        return re.search(self.attention, name) is not None
+    def resident_role(self, name: str) -> ResidentRole | None:
+        """Whose scheme applies to this parameter; None: it always stays as it is."""
+        roles: dict[ResidentRole, str] = {
+            "attention": self.attention,
+            "shared_experts": self.shared_experts,
+            "head": self.head,
+        }
+        return next((role for role, pattern in roles.items() if re.search(pattern, name)), None)
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -11,13 +11,27 @@ from collections.abc import Iterable
 from math import prod
 
 from moeflow.errors import DocumentError
-from moeflow.schema import BitsAndBytesScheme, BlobLayout, DenseScheme, HqqScheme, PackedMatrix, Scheme, Segment
+from moeflow.schema import (
+    BitsAndBytesScheme,
+    BlobLayout,
+    DenseScheme,
+    HqqScheme,
+    PackedMatrix,
+    ResidentMatrix,
+    ResidentRole,
+    Scheme,
+    Segment,
+)
 from moeflow.schema.quantization import META_BLOCK
 
-__all__ = ["ALIGNMENT", "PAGE", "packed_matrix", "blob_layout", "expert_layout"]
+__all__ = ["ALIGNMENT", "PAGE", "packed_matrix", "resident_matrix", "blob_layout", "expert_layout", "row_blocks"]
 
 PAGE = 4096
 ALIGNMENT = 256  # of every part inside a blob: a warp's widest row of 16-byte loads is 512, a sector 32
+UNPACKED = 1 << 25
+"""Numbers of a resident matrix that are dequantized at once: an output head is many times any other matrix, and what
+packing saves would be taken again by the memory that unpacks it."""
+BLOCK_ROWS = 256  # so many rows begin at an aligned byte whatever their length
 
 _ITEM = {"uint8": 1, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -101,6 +115,35 @@ def packed_matrix(
         )
         offset += nbytes
     return PackedMatrix(name=name, rows=rows, columns=columns, scheme=scheme, segments=tuple(segments))
+
+
+def resident_matrix(
+    role: ResidentRole, name: str, rows: int, columns: int, scheme: Scheme, dense: str
+) -> ResidentMatrix:
+    """Lay out a matrix outside the experts: a little blob of its own, whose bias is a parameter beside it."""
+    packed = packed_matrix(name, rows, columns, scheme, dense)
+    return ResidentMatrix(name=name, rows=rows, columns=columns, scheme=scheme, segments=packed.segments, role=role)
+
+
+def row_blocks(matrix: PackedMatrix) -> list[PackedMatrix]:
+    """The matrix as neighbours of at most `UNPACKED` numbers each, in the same blob; itself where it is no larger."""
+    if matrix.rows * matrix.columns <= UNPACKED:
+        return [matrix]
+    most = max(1, UNPACKED // matrix.columns // BLOCK_ROWS) * BLOCK_ROWS
+    blocks = []
+    for begin in range(0, matrix.rows, most):
+        rows = min(most, matrix.rows - begin)
+        segments = []
+        for segment in matrix.segments:
+            each = segment.nbytes // matrix.rows
+            moved = {
+                "offset": segment.offset + begin * each,
+                "nbytes": rows * each,
+                "shape": (rows, *segment.shape[1:]),
+            }
+            segments.append(segment.model_copy(update=moved))
+        blocks.append(matrix.model_copy(update={"rows": rows, "segments": tuple(segments)}))
+    return blocks
 
 
 def blob_layout(

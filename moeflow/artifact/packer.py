@@ -90,18 +90,18 @@ class Packer:
         units = []
         for i, layer in enumerate(layers):
             layout = blueprint.layout(i)
-            key = self._key(layer.tensors, layout.model_dump(mode="json"), self.quantization.experts)
+            key = self._key(layer.tensors, layout.model_dump(mode="json"), [m.scheme for m in layout.matrices])
             nbytes = layout.nbytes * len(layer.experts)
             units.append(_Unit(blueprint.shard(i), f"layer {i + 1} of {len(layers)}", key, nbytes, i))
         names = list(self.checkpoint.resident.values())
-        matrices = [m.model_dump(mode="json") for m in blueprint.resident.values()]
-        key = self._key(names, matrices, self.quantization.attention)
+        resident = blueprint.resident.values()
+        key = self._key(names, [m.model_dump(mode="json") for m in resident], [m.scheme for m in resident])
         nbytes = sum(self.checkpoint.tensors[n].nbytes for n in names)
         return [*units, _Unit(RESIDENT_SHARD, "attention, embeddings, norms", key, nbytes, None)]
 
-    def _key(self, names: list[str], settings: Any, scheme: Scheme) -> str:
+    def _key(self, names: list[str], settings: Any, schemes: list[Scheme]) -> str:
         """Equal keys: same stored bytes, settings, kind of device and code, so the same shard."""
-        code = [__version__, library_version(scheme)]
+        code = [__version__, *(dict.fromkeys(map(library_version, schemes)) or [""])]
         content = [self.checkpoint.fingerprint(names), settings, self.device.type, code]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moeflow.artifact.layout import row_blocks
 from moeflow.errors import DeviceError
 from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Launcher
@@ -118,7 +119,8 @@ class DeviceExecution:
         if self._cache.most_choices < top_k:
             raise DeviceError(f"{plan.staging_slots} landing buffers; one step needs {top_k + self._cache.guesses}")
         dtype: torch.dtype = getattr(torch, plan.dtype)
-        packed = [*manifest.resident, *(m for layout in manifest.layouts for m in layout.matrices)]
+        resident = [block for matrix in manifest.resident for block in row_blocks(matrix)]
+        packed = [*resident, *(m for layout in manifest.layouts for m in layout.matrices)]
         self._workspace = Workspace(packed, dtype, device)
         self._streamed = Traffic()
         stream = LayerStream(manifest, link, device, self._streamed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moeflow.artifact.layout import ALIGNMENT
+from moeflow.artifact.layout import ALIGNMENT, row_blocks
 from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.gemv import MOST_TOKENS, Gemv, Jobs, unsupported
 from moeflow.kernels.launcher import Launcher
@@ -34,7 +34,8 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         self.launcher: Launcher | None = None
         self.gemv: Gemv | None = None
-        self._unpacker: Unpacker | None = None
+        self._blocks = row_blocks(matrix)
+        self._unpackers: list[Unpacker] = []  # of the blocks, where there are kernels
         self._workspace: Workspace | None = None
         self.merged: Merged | None = None
         self._inputs = Inputs()
@@ -42,16 +43,33 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W, dequantized."""
-        if self._unpacker is not None:
-            return self._unpacker(self.blob)
-        return dequantize(self.matrix, parts_of(self.matrix, self.blob), self.dtype)
+        blocks = [self._block(number, None) for number in range(len(self._blocks))]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def _block(self, number: int, workspace: Workspace | None) -> Tensor:
+        """The weight's rows in one of the blocks that are dequantized at once."""
+        if self._unpackers:
+            return self._unpackers[number](self.blob, workspace)
+        block = self._blocks[number]
+        return dequantize(block, parts_of(block, self.blob), self.dtype)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The product with the dequantized weight, block by block: in each other's place in the workspace."""
+        if len(self._blocks) == 1:
+            return functional.linear(x, self._block(0, self._workspace), self.bias)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        begin = 0
+        for number, block in enumerate(self._blocks):
+            rows = slice(begin, begin := begin + block.rows)
+            bias = None if self.bias is None else self.bias[rows]
+            out[..., rows] = functional.linear(x, self._block(number, self._workspace), bias)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x [..., in]."""
         tokens = x.numel() // self.in_features
         if self.gemv is None or tokens > MOST_TOKENS:
-            weight = self.weight if self._unpacker is None else self._unpacker(self.blob, self._workspace)
-            return functional.linear(x, weight, self.bias)
+            return self._dense(x)
         out = self.merged.product(self, x, self._inputs) if self.merged is not None else None
         if out is None:
             out = multiply(self.gemv, self.blob, x, self._inputs, self)
@@ -67,12 +85,12 @@ class PackedLinear(nn.Module):
 
     def move(self, matrix: PackedMatrix, blob: Tensor) -> None:
         """The same weight at another place."""
-        self.matrix, self.blob = matrix, blob
+        self.matrix, self.blob, self._blocks = matrix, blob, row_blocks(matrix)
         assert self.launcher is not None, "only layers that multiply by kernels move"
         if unsupported(matrix) is None:
             self.gemv = Gemv(self.launcher, matrix, blob.device)
         if matrix.columns % PIECE == 0:
-            self._unpacker = Unpacker(self.launcher, matrix, self.dtype)
+            self._unpackers = [Unpacker(self.launcher, block, self.dtype) for block in self._blocks]
 
 
 def multiply(gemv: Gemv, blob: Tensor, x: Tensor, inputs: Inputs, reader: PackedLinear | None = None) -> Tensor:

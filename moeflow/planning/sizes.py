@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
+from moeflow.artifact.blueprint import Blueprint
 from moeflow.artifact.checkpoint import Checkpoint
-from moeflow.artifact.layout import expert_layout, packed_matrix
-from moeflow.schema import BlobLayout, DenseScheme, HqqScheme, Manifest, PackedMatrix, Quantization, Scheme
+from moeflow.artifact.layout import row_blocks
+from moeflow.schema import (
+    BlobLayout,
+    DenseScheme,
+    HqqScheme,
+    Manifest,
+    PackedMatrix,
+    Quantization,
+    ResidentMatrix,
+    Scheme,
+)
 
 __all__ = ["LayerSize", "ModelSizes", "ITEM_SIZE"]
 
@@ -49,9 +60,13 @@ class ModelSizes:
     kv_values_per_token: int
     max_context: int
     largest_resident: int = 0
-    """Numbers in the largest quantized resident matrix."""
+    """Numbers that are unpacked at once of the largest quantized resident matrix."""
+    largest_attention: int = 0
+    """Numbers in the largest of attention's among them, all at once."""
     scratch: int = 8
     """Bytes a number that torch holds at once while it dequantizes an expert's matrix; 0 if it need not."""
+    resident_scratch: int = 0
+    """The same for resident matrices."""
 
     @property
     def expert_nbytes(self) -> int:
@@ -61,18 +76,15 @@ class ModelSizes:
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Self:
         """Of a packed model."""
-        packed = sum(s.nbytes for m in manifest.resident for s in m.segments)
         facts = manifest.model
+        layouts = [(entry.experts, manifest.layout_of(i)) for i, entry in enumerate(manifest.layers)]
         return cls(
-            tuple(LayerSize.of(entry.experts, manifest.layout_of(i)) for i, entry in enumerate(manifest.layers)),
-            facts.top_k,
-            facts.dtype,
-            packed,
-            manifest.resident_nbytes - packed,
-            facts.kv_values_per_token,
-            facts.max_context,
-            max(map(_numbers, manifest.resident), default=0),
-            _scratch(manifest.quantization.experts),
+            top_k=facts.top_k,
+            dtype=facts.dtype,
+            kv_values_per_token=facts.kv_values_per_token,
+            max_context=facts.max_context,
+            **_of_experts(layouts),
+            **_of_resident(manifest.resident, manifest.resident_nbytes),
         )
 
     @classmethod
@@ -80,34 +92,40 @@ class ModelSizes:
         """Of a checkpoint as `quantization` would pack it.
 
         Raises:
-            DocumentError: a group size does not fit the model's dimensions.
+            DocumentError: a group size does not fit the model's dimensions, or a scheme has nothing to apply to.
         """
-        layers = []
-        for layer in checkpoint.layers:
-            biased = checkpoint.family.biased
-            layout = expert_layout(layer.hidden, layer.intermediate, quantization.experts, checkpoint.dtype, biased)
-            layers.append(LayerSize.of(len(layer.experts), layout))
-        packed = dense = largest = 0
-        for name, stored in checkpoint.resident.items():
-            info = checkpoint.tensors[stored]
-            if checkpoint.family.is_attention(name) and not isinstance(quantization.attention, DenseScheme):
-                rows, columns = info.shape
-                matrix = packed_matrix(name, rows, columns, quantization.attention, checkpoint.dtype)
-                packed += sum(segment.nbytes for segment in matrix.segments)
-                largest = max(largest, _numbers(matrix))
-            else:
-                dense += info.nbytes
+        blueprint = Blueprint(checkpoint, "", quantization)
+        layouts = [(len(layer.experts), blueprint.layout(i)) for i, layer in enumerate(checkpoint.layers)]
         return cls(
-            tuple(layers),
-            checkpoint.top_k,
-            checkpoint.dtype,
-            packed,
-            dense,
-            checkpoint.kv_values_per_token,
-            checkpoint.max_context,
-            largest,
-            _scratch(quantization.experts),
+            top_k=checkpoint.top_k,
+            dtype=checkpoint.dtype,
+            kv_values_per_token=checkpoint.kv_values_per_token,
+            max_context=checkpoint.max_context,
+            **_of_experts(layouts),
+            **_of_resident(blueprint.resident.values(), blueprint.resident_nbytes),
         )
+
+
+def _of_experts(layouts: Sequence[tuple[int, BlobLayout]]) -> dict[str, Any]:
+    """What `ModelSizes` says of experts: their number and layout, layer by layer."""
+    schemes = {matrix.scheme for _, layout in layouts for matrix in layout.matrices}
+    return {
+        "layers": tuple(LayerSize.of(experts, layout) for experts, layout in layouts),
+        "scratch": max(map(_scratch, schemes)),
+    }
+
+
+def _of_resident(matrices: Iterable[ResidentMatrix], nbytes: int) -> dict[str, Any]:
+    """What it says of all else, `nbytes` together, of which `matrices` are quantized."""
+    matrices = list(matrices)
+    packed = sum(matrix.nbytes for matrix in matrices)
+    return {
+        "resident_packed": packed,
+        "resident_dense": nbytes - packed,
+        "largest_resident": max((_numbers(block) for m in matrices for block in row_blocks(m)), default=0),
+        "largest_attention": max((_numbers(m) for m in matrices if m.role == "attention"), default=0),
+        "resident_scratch": max((_scratch(m.scheme) for m in matrices), default=0),
+    }
 
 
 def _numbers(matrix: PackedMatrix) -> int:

@@ -4,7 +4,8 @@ A pass over PREFILL_CHUNK tokens takes most. Its terms, T tokens with K experts 
 
 - matrices: device-driven, one unpacked matrix, the largest there is, in the plan's dtype (`kernels.unpack.Workspace`).
   Host-driven, what torch holds at once while it dequantizes the largest (`kernels.dequantize`): `sizes.scratch` bytes a
-  number; the finished matrix finds room in what became free.
+  number; the finished matrix finds room in what became free. Resident matrices larger than `layout.UNPACKED` come in
+  blocks of rows.
 - activations, the largest of three moments, beside the residual and its norm, each [T, H]:
   - attention: its inputs and outputs, keys and values of the whole context repeated for every head, the mask;
   - experts: their sorted inputs and results, [T * K, H] each; all tokens at one expert, [T, 2I] and two of [T, I];
@@ -43,16 +44,17 @@ def matrices(sizes: ModelSizes, dtype: Dtype, execution: Execution) -> int:
     """Of weights on their way from packed to multiplied."""
     item = ITEM_SIZE[dtype]
     packed = sizes.scratch > 0 or sizes.dtype != dtype  # plain numbers of another dtype are converted
-    largest = max(layer.largest_matrix for layer in sizes.layers) if packed else 0
-    largest = max(largest, sizes.largest_resident)
-    return largest * (item if execution == "device" else max(item, sizes.scratch))
+    experts = max(layer.largest_matrix for layer in sizes.layers) if packed else 0
+    if execution == "device":
+        return item * max(experts, sizes.largest_resident)
+    return max(experts * max(item, sizes.scratch), sizes.largest_resident * max(item, sizes.resident_scratch))
 
 
 def activations(sizes: ModelSizes, dtype: Dtype, context: int) -> int:
     """Of a prefill chunk, at the moment that takes most."""
     item = ITEM_SIZE[dtype]
     hidden, inner = max(layer.hidden for layer in sizes.layers), max(layer.inner for layer in sizes.layers)
-    heads = max(hidden, sizes.largest_resident // max(1, hidden))  # all queries side by side: the largest projection
+    heads = max(hidden, sizes.largest_attention // max(1, hidden))  # all queries side by side: the largest projection
     attention = PREFILL_CHUNK * (3 * heads + context) + 2 * context * heads
     experts = PREFILL_CHUNK * (2 * sizes.top_k * hidden + 4 * inner)
     summed = PREFILL_CHUNK * sizes.top_k * hidden * (3 + FLOAT32 // item)

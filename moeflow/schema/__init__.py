@@ -3,10 +3,19 @@
 from moeflow.schema.base import Document, Part
 from moeflow.schema.benchmark import Benchmark, BenchmarkRow, Environment, Limits
 from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Link
-from moeflow.schema.manifest import BlobLayout, ExpertLayer, Manifest, ModelFacts, PackedMatrix, Segment, Shard
+from moeflow.schema.manifest import (
+    BlobLayout,
+    ExpertLayer,
+    Manifest,
+    ModelFacts,
+    PackedMatrix,
+    ResidentMatrix,
+    Segment,
+    Shard,
+)
 from moeflow.schema.plan import MemoryBudget, Plan, PlannedPrefetch, Prediction
 from moeflow.schema.profile import Cache, Memory, Prefetch, Profile
-from moeflow.schema.quantization import BitsAndBytesScheme, DenseScheme, HqqScheme, Quantization, Scheme
+from moeflow.schema.quantization import BitsAndBytesScheme, DenseScheme, HqqScheme, Quantization, ResidentRole, Scheme
 
 __all__ = [
     "Benchmark",
@@ -37,6 +46,8 @@ __all__ = [
     "Prefetch",
     "Profile",
     "Quantization",
+    "ResidentMatrix",
+    "ResidentRole",
     "Scheme",
     "Segment",
     "Shard",

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from moeflow.schema.base import Document, Part
-from moeflow.schema.quantization import Quantization, Scheme
+from moeflow.schema.quantization import Quantization, ResidentRole, Scheme
 
-__all__ = ["Segment", "PackedMatrix", "BlobLayout", "ExpertLayer", "Shard", "ModelFacts", "Manifest"]
+__all__ = ["Segment", "PackedMatrix", "ResidentMatrix", "BlobLayout", "ExpertLayer", "Shard", "ModelFacts", "Manifest"]
 
 Digest = str
 
@@ -45,6 +45,19 @@ class PackedMatrix(Part):
     def bias(self) -> bool:
         """Whether a bias is stored with the matrix."""
         return any(segment.part == "bias" for segment in self.segments)
+
+
+class ResidentMatrix(PackedMatrix):
+    """A quantized matrix that is always on the device."""
+
+    # Left out where it is attention: manifests made when nothing else was quantized keep their digests.
+    role: ResidentRole = Field(default="attention", exclude_if=lambda role: role == "attention")
+    """What it is in the model."""
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all its parts."""
+        return sum(segment.nbytes for segment in self.segments)
 
 
 class BlobLayout(Part):
@@ -115,7 +128,7 @@ class Manifest(Document):
     """MoE layers in the order of execution."""
     resident_shard: str
     """The file of everything that is always on the device."""
-    resident: tuple[PackedMatrix, ...]
+    resident: tuple[ResidentMatrix, ...]
     """Resident matrices that are quantized, by parameter name; their segments are tensors `NAME.PART` of the
     shard. Every other tensor of the shard is a parameter as it is."""
     resident_error: float

@@ -14,7 +14,10 @@ from pydantic import Field
 
 from moeflow.schema.base import Part
 
-__all__ = ["HqqScheme", "BitsAndBytesScheme", "DenseScheme", "Scheme", "Quantization", "META_BLOCK"]
+__all__ = ["HqqScheme", "BitsAndBytesScheme", "DenseScheme", "Scheme", "Quantization", "ResidentRole", "META_BLOCK"]
+
+ResidentRole = Literal["attention", "shared_experts", "head"]
+"""What a quantized matrix outside the experts is."""
 
 META_BLOCK = 128
 """Groups of a row whose 8-bit scales and zeros share one step and offset each; a row's last block may be shorter."""
@@ -75,10 +78,19 @@ class DenseScheme(Part):
 Scheme = Annotated[HqqScheme | BitsAndBytesScheme | DenseScheme, Field(discriminator="backend")]
 
 
+def _is_dense(scheme: Scheme) -> bool:
+    return isinstance(scheme, DenseScheme)
+
+
 class Quantization(Part):
-    """A scheme per role; embeddings, output head, router and norms always stay as they are (paper, section 3.3)."""
+    """A scheme per role; embeddings, routers and norms always stay as they are (paper, section 3.3)."""
 
     experts: Scheme = HqqScheme(bits=4, group_size=64)
     """The experts' matrices: nearly all of the model."""
     attention: Scheme = HqqScheme(bits=4, group_size=64)
     """The attention's projections: small, read for every token, and sensitive."""
+    # Those below are left out of documents where they change nothing: documents made before them keep their digests.
+    shared_experts: Scheme = Field(default=DenseScheme(), exclude_if=_is_dense)
+    """Matrices of the experts that every token uses, in families that have them."""
+    head: Scheme = Field(default=DenseScheme(), exclude_if=_is_dense)
+    """The output head; not where the model ties it to the embedding, whose rows are looked up as plain numbers."""

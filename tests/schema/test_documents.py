@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from moeflow import schema
-from moeflow.artifact.layout import expert_layout, packed_matrix
+from moeflow.artifact.layout import expert_layout, resident_matrix
 from moeflow.errors import DocumentError
 from moeflow.schema import (
     Benchmark,
@@ -100,7 +100,7 @@ MANIFEST = Manifest(
         ),
     ),
     resident_shard="resident.safetensors",
-    resident=(packed_matrix("model.layers.0.self_attn.q_proj.weight", 64, 64, HqqScheme(), "bfloat16"),),
+    resident=(resident_matrix("head", "lm_head.weight", 64, 64, HqqScheme(), "bfloat16"),),
     resident_error=0.05,
     resident_nbytes=4096,
     shards=tuple(Shard(file=f"{n}.safetensors", nbytes=8192, sha256=DIGEST) for n in ("experts-0", "resident")),
