@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moeflow.progress import Progress
-from moeflow.schema import DenseScheme, HardwareProfile, Manifest, Plan, Quantization
+from moeflow.schema import HardwareProfile, Manifest, Plan
 from moeflow.schema.units import format_rate, format_size
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
         [
             ("parameters", f"{facts.parameters:,}, of which {facts.expert_parameters:,} in experts"),
             ("experts", f"{len(manifest.layers)} layers of {manifest.layers[0].experts}, top-{facts.top_k}"),
-            ("quantization", _schemes(manifest.quantization)),
+            ("quantization", str(manifest.quantization)),
         ],
     )
     _grid(
@@ -182,15 +182,6 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
         _grid(
             to, f"blob {number}: {layout.nbytes:,} bytes", ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows
         )
-
-
-def _schemes(quantization: Quantization) -> str:
-    """A scheme per role; roles that stay as they are by default are named where they do not."""
-    roles = {"experts": quantization.experts, "attention": quantization.attention}
-    for role in ("shared_experts", "head"):
-        if not isinstance(scheme := getattr(quantization, role), DenseScheme):
-            roles[role.replace("_", " ")] = scheme
-    return ", ".join(f"{role} {scheme.label}" for role, scheme in roles.items())
 
 
 def _resident_rows(manifest: Manifest) -> Iterator[tuple[str, str, str, str]]:

@@ -67,9 +67,9 @@ def random_ids(count: int, vocabulary: int = 96) -> list[int]:
     return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same(found: torch.Tensor, expected: torch.Tensor, bound: float = TOLERANCE) -> None:
     assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert (found - expected).abs().max() <= bound * expected.abs().max()
 
 
 def hqq(bits: int, attention: int = 4) -> dict[str, object]:

@@ -105,6 +105,11 @@ class Family:
             return True
         return any(re.search(pattern, name) for pattern in (COMPUTED, *self.ignored))
 
+    def layer_of(self, name: str) -> int | None:
+        """The decoder layer that a parameter is in."""
+        found = self._layer_prefix.match(name)
+        return int(found[1]) if found else None
+
     def resident_role(self, name: str) -> ResidentRole | None:
         """Whose scheme applies to this parameter; None: it always stays as it is."""
         roles: dict[ResidentRole, str] = {

@@ -114,7 +114,7 @@ def _ways(
             execution=execution,
             resident=sizes.resident_packed + sizes.resident_dense * item // ITEM_SIZE[sizes.dtype],
             kv_cache=sizes.kv_values_per_token * context * item,
-            staging=staging * sum({layer.blob_nbytes for layer in sizes.layers}),
+            staging=staging * sum(nbytes for _, nbytes in {(y.layout, y.blob_nbytes) for y in sizes.layers}),
             stream=stream,
             workspace=workspace(sizes, hardware, dtype, context, execution),
         )

@@ -37,12 +37,14 @@ class LayerSize:
     """Inputs and outputs of an expert."""
     inner: int = 0
     """Numbers between its matrices."""
+    layout: int = 0
+    """Which of the model's layouts its blobs have: the engine keeps landing buffers for each."""
 
     @classmethod
-    def of(cls, experts: int, layout: BlobLayout) -> Self:
+    def of(cls, experts: int, layout: BlobLayout, number: int = 0) -> Self:
         """Of a layer whose experts' blobs are laid out so."""
         gate_up, down = layout.matrices
-        return cls(experts, layout.nbytes, max(map(_numbers, layout.matrices)), gate_up.columns, down.columns)
+        return cls(experts, layout.nbytes, max(map(_numbers, layout.matrices)), gate_up.columns, down.columns, number)
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,10 @@ class ModelSizes:
 
 def _of_experts(layouts: Sequence[tuple[int, BlobLayout]]) -> dict[str, Any]:
     """What `ModelSizes` says of experts: their number and layout, layer by layer."""
+    numbers = list(dict.fromkeys(layout for _, layout in layouts))
     schemes = {matrix.scheme for _, layout in layouts for matrix in layout.matrices}
     return {
-        "layers": tuple(LayerSize.of(experts, layout) for experts, layout in layouts),
+        "layers": tuple(LayerSize.of(experts, y, numbers.index(y)) for experts, y in layouts),
         "scratch": max(map(_scratch, schemes)),
     }
 

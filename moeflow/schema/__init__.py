@@ -15,7 +15,15 @@ from moeflow.schema.manifest import (
 )
 from moeflow.schema.plan import MemoryBudget, Plan, PlannedPrefetch, Prediction
 from moeflow.schema.profile import Cache, Memory, Prefetch, Profile
-from moeflow.schema.quantization import BitsAndBytesScheme, DenseScheme, HqqScheme, Quantization, ResidentRole, Scheme
+from moeflow.schema.quantization import (
+    BitsAndBytesScheme,
+    DenseScheme,
+    HqqScheme,
+    Override,
+    Quantization,
+    ResidentRole,
+    Scheme,
+)
 
 __all__ = [
     "Benchmark",
@@ -38,6 +46,7 @@ __all__ = [
     "Memory",
     "MemoryBudget",
     "ModelFacts",
+    "Override",
     "PackedMatrix",
     "Part",
     "Plan",

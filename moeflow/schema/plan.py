@@ -79,7 +79,7 @@ class Plan(Document):
     cache_slots: tuple[Annotated[int, Field(ge=0)], ...]
     """k, per MoE layer."""
     staging_slots: int = Field(ge=1)
-    """Landing buffers beside the cache, shared by all layers of one blob size."""
+    """Landing buffers beside the cache, shared by all layers of one blob layout."""
     stream_layers: int = Field(ge=0)
     """Whole-layer buffers for prefill: 2, or 0 where prefill must go through the cache."""
     prefetch: PlannedPrefetch

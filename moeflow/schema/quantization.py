@@ -8,14 +8,29 @@ business of `moeflow.quantization`; what is stored, of `moeflow.artifact.layout`
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from moeflow.schema.base import Part
+from moeflow.schema.layers import LayerPattern, shared_layer, spans
 
-__all__ = ["HqqScheme", "BitsAndBytesScheme", "DenseScheme", "Scheme", "Quantization", "ResidentRole", "META_BLOCK"]
+__all__ = [
+    "HqqScheme",
+    "BitsAndBytesScheme",
+    "DenseScheme",
+    "Scheme",
+    "Override",
+    "Quantization",
+    "LayerRole",
+    "ResidentRole",
+    "META_BLOCK",
+]
 
+LayerRole = Literal["experts", "attention", "shared_experts"]
+"""What a layer has, and may have under a scheme of its own."""
 ResidentRole = Literal["attention", "shared_experts", "head"]
 """What a quantized matrix outside the experts is."""
 
@@ -82,6 +97,62 @@ def _is_dense(scheme: Scheme) -> bool:
     return isinstance(scheme, DenseScheme)
 
 
+def _is_none(scheme: Scheme | None) -> bool:
+    return scheme is None
+
+
+class Override(Part):
+    """Other schemes for some layers."""
+
+    layers: LayerPattern
+    """Decoder layers of the model, from 0: `31`, `0-3`, `0-3,31`."""
+    experts: Scheme | None = Field(default=None, exclude_if=_is_none)
+    """Of these layers' experts; absent: as in the others."""
+    attention: Scheme | None = Field(default=None, exclude_if=_is_none)
+    """Of their attention."""
+    shared_experts: Scheme | None = Field(default=None, exclude_if=_is_none)
+    """Of their shared experts."""
+
+    @property
+    def schemes(self) -> dict[LayerRole, Scheme]:
+        """The roles that it gives another scheme."""
+        named: dict[LayerRole, Scheme | None] = {
+            "experts": self.experts,
+            "attention": self.attention,
+            "shared_experts": self.shared_experts,
+        }
+        return {role: scheme for role, scheme in named.items() if scheme is not None}
+
+    def covers(self, layer: int | None) -> bool:
+        """Whether it names this layer."""
+        return any(layer in span for span in spans(self.layers))
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.schemes:
+            raise ValueError("it changes nothing: give experts, attention or shared_experts a scheme")
+        return self
+
+
+def _conflicts(overrides: tuple[Override, ...]) -> Iterator[str]:
+    """Where two overrides give one layer's matrices different schemes."""
+    for (i, one), (j, other) in combinations(enumerate(overrides), 2):
+        layer = shared_layer(one.layers, other.layers)
+        for role, scheme in one.schemes.items():
+            second = other.schemes.get(role, scheme)
+            if layer is not None and second != scheme:
+                yield (
+                    f"entries {i} and {j} contradict each other: {role} of layer {layer} would be {scheme.label} "
+                    f"and {second.label}; name each layer once"
+                )
+
+
+def _check_overrides(overrides: tuple[Override, ...]) -> tuple[Override, ...]:
+    for conflict in _conflicts(overrides):
+        raise ValueError(conflict)
+    return overrides
+
+
 class Quantization(Part):
     """A scheme per role; embeddings, routers and norms always stay as they are (paper, section 3.3)."""
 
@@ -94,3 +165,26 @@ class Quantization(Part):
     """Matrices of the experts that every token uses, in families that have them."""
     head: Scheme = Field(default=DenseScheme(), exclude_if=_is_dense)
     """The output head; not where the model ties it to the embedding, whose rows are looked up as plain numbers."""
+    overrides: Annotated[tuple[Override, ...], AfterValidator(_check_overrides)] = Field(
+        default=(), exclude_if=lambda overrides: not overrides
+    )
+    """Other schemes for some layers: sensitive ones, such as the first and the last, may keep more bits."""
+
+    def scheme(self, role: LayerRole | ResidentRole, layer: int | None) -> Scheme:
+        """Of the matrices of `role` in a layer; None: they are in no layer."""
+        for override in self.overrides:
+            if role in override.schemes and override.covers(layer):
+                return next(scheme for name, scheme in override.schemes.items() if name == role)
+        own: Scheme = getattr(self, role)
+        return own
+
+    def __str__(self) -> str:
+        """A scheme per role; those roles that stay plain by default are named where they do not."""
+        roles: dict[str, Scheme] = {"experts": self.experts, "attention": self.attention}
+        more = {"shared experts": self.shared_experts, "head": self.head}
+        roles |= {role: scheme for role, scheme in more.items() if not _is_dense(scheme)}
+        parts = [f"{role} {scheme.label}" for role, scheme in roles.items()]
+        for override in self.overrides:
+            schemes = [f"{role.replace('_', ' ')} {scheme.label}" for role, scheme in override.schemes.items()]
+            parts.append(f"in {override.layers}: {', '.join(schemes)}")
+        return "; ".join([", ".join(parts[: len(roles)]), *parts[len(roles) :]])

@@ -59,20 +59,25 @@ def _model_routes(model: Any, modules: Sequence[str]) -> Iterator[Routes]:
             handle.remove()
 
 
-def assert_follows(engine: Engine, model: Any, ids: Sequence[int], chunks: Sequence[int]) -> None:
-    """The engine's logits are the model's, run `chunk` tokens at a time for each of `chunks`."""
+def assert_follows(
+    engine: Engine, model: Any, ids: Sequence[int], chunks: Sequence[int], bound: float = TOLERANCE
+) -> None:
+    """The engine's logits are the model's, run `chunk` tokens at a time for each of `chunks`.
+
+    `bound` is of the largest logit, and of the largest number that a router sees.
+    """
     with _model_routes(model, [layer.module for layer in engine.artifact.manifest.layers]) as wanted:
         expected = logits_of(model, ids)
     for chunk in chunks:
         with engine_routes(engine) as found:
             logits = engine.logits(ids, chunk=chunk)
-        same = tokens_routed_alike(found, wanted, len(ids))
+        same = tokens_routed_alike(found, wanted, len(ids), bound)
         assert logits.shape == expected.shape
         if same:
-            assert_same(logits[:same], expected[:same])
+            assert_same(logits[:same], expected[:same], bound)
 
 
-def tokens_routed_alike(found: Routes, wanted: Routes, tokens: int) -> int:
+def tokens_routed_alike(found: Routes, wanted: Routes, tokens: int, bound: float = TOLERANCE) -> int:
     """How many tokens come before the first that rounding sent to another expert."""
     assert found.keys() == wanted.keys()
     for layer in sorted(found):
@@ -81,8 +86,8 @@ def tokens_routed_alike(found: Routes, wanted: Routes, tokens: int) -> int:
         if len(parted):
             tokens = int(parted[0])
             difference = (hidden - reference)[: tokens + 1].abs().max()
-            bound = TOLERANCE * reference[: tokens + 1].abs().max()
-            assert difference <= bound, f"layer {layer}, token {tokens}: the router saw other numbers"
+            largest = reference[: tokens + 1].abs().max()
+            assert difference <= bound * largest, f"layer {layer}, token {tokens}: the router saw other numbers"
             print(f"layer {layer}: token {tokens} went to another expert of the same score")
     return tokens
 

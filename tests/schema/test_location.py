@@ -51,7 +51,8 @@ def _faults(document: type[Profile | HardwareProfile | Plan], data: Any) -> list
         ({"quantization": {"experts": {"backend": "none", "bits": 2}}},
          "quantization.experts.bits: unknown key; known: backend"),
         ({"quantization": {"expert": {"backend": "none"}}},
-         "quantization.expert: unknown key; did you mean experts? known: experts, attention, shared_experts, head"),
+         "quantization.expert: unknown key; did you mean experts? known: experts, attention, shared_experts, head, "
+         "overrides"),
         ({"memory": {"vrm": "1GiB"}},
          "memory.vrm: unknown key; did you mean vram? known: vram, ram, disk"),
         ({"context": 5}, f"context: unknown key; did you mean context_length? known: {KEYS}"),
