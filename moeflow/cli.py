@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moeflow.cli_bench import bench
+from moeflow.cli_pack import pack
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
@@ -116,23 +117,7 @@ def autotune(
     return None
 
 
-@app.command()
-def pack(
-    profile: Annotated[Path, typer.Argument(help="Profile YAML.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: artifacts/PROFILE.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an artifact made from other settings.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Quantize and pack a profile's model, and plan for its hardware. Interrupted, it goes on where it stopped."""
-    from moeflow import pipeline
-    from moeflow.console import progress_bar, say
-
-    with progress_bar() as progress:
-        directory = pipeline.pack(profile, output, overwrite=overwrite, progress=progress)
-    if as_json:
-        return typer.echo(json.dumps({"artifact": str(directory)}))
-    say(f'packed; next: moeflow generate {directory} -p "..."')
-    return typer.echo(str(directory))
+app.command()(pack)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from moeflow.schema.units import format_rate, format_size
 
 if TYPE_CHECKING:
     from moeflow.generation import Statistics
+    from moeflow.planning.forecast import Forecast
     from moeflow.planning.search import Candidate
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "progress_bar",
     "say",
     "show_candidates",
+    "show_forecast",
     "show_hardware",
     "show_manifest",
     "show_plan",
@@ -192,6 +194,36 @@ def _resident_rows(manifest: Manifest) -> Iterator[tuple[str, str, str, str]]:
         nbytes, weights = sum(m.nbytes for m in matrices), sum(m.rows * m.columns for m in matrices)
         bits = f"{8 * nbytes / weights:.2f}" if weights else ""
         yield f"{role.replace('_', ' ')}, packed", format_size(nbytes), bits, f"{manifest.resident_error:.4f}"
+
+
+def show_forecast(found: Forecast, to: Console = out) -> None:
+    """What a pack would make and take."""
+    _grid(
+        to,
+        f"{found.model}, shapes from {found.origin}",
+        ("role", "stored as", "weights", "bytes", "bits a weight"),
+        [(r.role, r.scheme, f"{r.weights:,}", format_size(r.nbytes), f"{r.bits:.2f}") for r in found.roles],
+    )
+    short = "" if found.disk_needed <= found.disk_free else ": not enough, choose another output or fewer bits"
+    _facts(
+        to,
+        f"packing into {found.output}",
+        [
+            ("disk", f"{format_size(found.disk_needed)} needed, {format_size(found.disk_free)} free{short}"),
+            *((w.what, f"{_duration(w.seconds)} at {w.rate}") for w in found.work),
+            ("together", f"about {_duration(found.seconds)}, an estimate from these rates"),
+        ],
+    )
+    if found.plan:
+        show_plan(found.plan, to)
+    else:
+        to.print(f"[red]no plan:[/] {escape(found.refusal)}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def show_stats(stats: Statistics) -> None:

@@ -7,13 +7,17 @@ imported when it is needed: planning and validating work without.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.artifact.checkpoint import Checkpoint, resolve_model
+from moeflow.artifact.outline import outline
 from moeflow.artifact.reader import PLAN, Artifact
 from moeflow.errors import ArtifactError
+from moeflow.files import storage_errors
+from moeflow.planning.forecast import Forecast, forecast
 from moeflow.planning.overrides import override
 from moeflow.planning.planner import make_plan
 from moeflow.planning.search import Candidate, candidates, choose
@@ -26,7 +30,7 @@ from moeflow.schema import HardwareProfile, Plan, Profile
 if TYPE_CHECKING:
     from moeflow.engine import Engine
 
-__all__ = ["autotune", "load", "pack", "plan_offload", "read_profile", "resolve_hardware"]
+__all__ = ["autotune", "dry_run", "load", "pack", "plan_offload", "read_profile", "resolve_hardware"]
 
 PROFILE = "profile.yaml"
 HARDWARE = "hardware.yaml"
@@ -100,6 +104,20 @@ def pack(
     hardware.save(directory / HARDWARE)
     plan_offload(directory, hardware=hardware)
     return directory
+
+
+def dry_run(
+    profile: ProfileLike, output: str | Path | None = None, hardware: HardwareProfile | None = None
+) -> Forecast:
+    """What `pack` would make of a profile, and take: nothing is written, and no weights are read or downloaded."""
+    wanted = read_profile(profile)
+    directory = Path(output) if output is not None else _default_output(profile, wanted)
+    known = outline(wanted.model, wanted.revision)
+    hardware = hardware or resolve_hardware(wanted.hardware)
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
+    with storage_errors(place, "measure"):
+        free = shutil.disk_usage(place).free
+    return forecast(wanted, known, hardware, str(directory), free)
 
 
 def _default_output(given: ProfileLike, profile: Profile) -> Path:

@@ -325,3 +325,24 @@ def test_probe_json_is_a_hardware_profile(moe, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(out)["origin"] == "measured"
     assert moe("validate", path)[1].strip().endswith("valid hardware profile")
+
+
+def test_a_dry_run_shows_numbers_and_writes_nothing(moe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = data_dir("profiles") / "demo.yaml"
+    code, out, _ = moe("pack", profile, "--dry-run")
+    assert code == 0
+    for word in (
+        "experts",
+        "bits a weight",
+        "needed",
+        "free",
+        "experts per layer",
+        "device memory",
+        "in RAM",
+        "together",
+    ):
+        assert word in out
+    code, out, _ = moe("pack", profile, "--dry-run", "--json", "-o", "elsewhere")
+    assert code == 0 and json.loads(out)["output"] == "elsewhere" and json.loads(out)["plan"]["cache_slots"]
+    assert list(tmp_path.iterdir()) == []

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from moeflow.artifact.architectures import ARCHITECTURES, PUBLISHED
 from moeflow.artifact.layout import expert_layout, packed_matrix
 from moeflow.files import data_dir
+from moeflow.pipeline import dry_run
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import LayerSize, ModelSizes
 from moeflow.probe.match import find_hardware
@@ -15,6 +17,33 @@ from moeflow.schema import Profile, Quantization
 
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS, KV = 4096, 14336, 32, 8, 1024
 MIXTRAL = sorted(data_dir("profiles").glob("mixtral-*.yaml"))
+
+
+PROFILES = sorted(p for p in data_dir("profiles").glob("*.yaml") if p.stem != "demo")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network, and a hub cache with nothing in it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("path", PROFILES, ids=lambda p: p.stem)
+def test_every_profile_plans_for_its_machine_offline(path: Path, tmp_path: Path) -> None:
+    """With the published config that ships with moeflow: every scheme fits the model, and the plan fits the machine."""
+    found = dry_run(path, tmp_path / "artifact")
+    assert found.origin == "the config that ships with moeflow"
+    assert found.plan is not None, found.refusal
+    assert found.plan.memory.total <= found.plan.memory.limit and min(found.plan.cache_slots) >= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_models_have_a_config() -> None:
+    assert set(PUBLISHED.values()) <= set(ARCHITECTURES)
 
 
 def mixtral(quantization: Quantization) -> ModelSizes:

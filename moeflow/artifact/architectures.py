@@ -13,7 +13,7 @@ from typing import Any
 from moeflow.errors import CheckpointError, unknown
 from moeflow.files import read_document
 
-__all__ = ["ARCHITECTURES", "architecture"]
+__all__ = ["ARCHITECTURES", "PUBLISHED", "architecture"]
 
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": False, "attention_dropout": 0.0, "dtype": "bfloat16"}
 
@@ -142,6 +142,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+PUBLISHED = {
+    "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mixtral-8x7b",
+    "Qwen/Qwen3-30B-A3B": "qwen3-30b-a3b",
+    "deepseek-ai/DeepSeek-V2-Lite": "deepseek-v2-lite",
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": "deepseek-v2-lite",
+    "allenai/OLMoE-1B-7B-0924": "olmoe-1b-7b",
+    "allenai/OLMoE-1B-7B-0924-Instruct": "olmoe-1b-7b",
+}
+"""Hub id -> the architecture of its release; those whose tensors are stored otherwise, as gpt-oss's, are left out."""
 
 
 def architecture(model: str) -> dict[str, Any]:

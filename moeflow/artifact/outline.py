@@ -1,0 +1,110 @@
+"""A checkpoint's names and shapes from the least that is there: for sizes before anything is downloaded.
+
+Headers where the weights lie on this disk, read without torch. Where only a config does, transformers builds the model
+on the meta device, which takes torch and some seconds, and names its tensors as a release does. A hub id is looked up
+in the hub's cache, then among the published configs that ship with moeflow; last the hub is asked for the config
+alone. No weights are downloaded or read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeflow.artifact.architectures import PUBLISHED, architecture
+from moeflow.artifact.checkpoint import Checkpoint, resolve_model
+from moeflow.artifact.synthetic import synthetic_checkpoint
+from moeflow.errors import CheckpointError
+from moeflow.files import read_document
+
+__all__ = ["Outline", "outline"]
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model before it is packed."""
+
+    checkpoint: Checkpoint
+    origin: str
+    """Where shapes come from."""
+    nbytes: int
+    """Of the checkpoint's tensors."""
+
+
+def outline(model: str, revision: str | None = None) -> Outline:
+    """Names and shapes of `model`, as a profile names it.
+
+    Raises:
+        CheckpointError: nothing is known of it here, and the hub cannot be reached.
+    """
+    is_hub_id = model.count("/") == 1 and not model.startswith((".", "~", "/")) and not Path(model).is_dir()
+    directory = _cached(model, revision) if is_hub_id else resolve_model(model)
+    if directory is not None and _has_weights(directory):
+        checkpoint = Checkpoint.open(directory)
+        return Outline(checkpoint, f"tensor headers in {directory}", _nbytes(checkpoint))
+    if directory is None and revision is None and model in PUBLISHED:
+        checkpoint = synthetic_checkpoint(architecture(PUBLISHED[model]), model)
+        return Outline(checkpoint, "the config that ships with moeflow", _nbytes(checkpoint))
+    directory = directory or _config_from_hub(model, revision)
+    return _of_config(directory)
+
+
+def _of_config(directory: Path) -> Outline:
+    config = read_document(directory / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory / 'config.json'}: a config is a mapping, this is {type(config).__name__}")
+    checkpoint = synthetic_checkpoint(config, str(directory))
+    total = (_index(directory).get("metadata") or {}).get("total_size")
+    return Outline(
+        checkpoint,
+        f"{directory / 'config.json'}, no weights read",
+        int(total) if isinstance(total, int | float) else _nbytes(checkpoint),
+    )
+
+
+def _nbytes(checkpoint: Checkpoint) -> int:
+    return sum(info.nbytes for info in checkpoint.tensors.values())
+
+
+def _index(directory: Path) -> dict[str, Any]:
+    found = read_document(directory / INDEX) if (directory / INDEX).is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _has_weights(directory: Path) -> bool:
+    """Whether all weight files are there, or what is wrong is to be said by whoever opens them."""
+    if not (directory / "config.json").is_file():
+        return True
+    named = _index(directory).get("weight_map")
+    if isinstance(named, dict):
+        return all((directory / str(file)).is_file() for file in set(named.values()))
+    return any(directory.glob("*.safetensors"))
+
+
+def _cached(model: str, revision: str | None) -> Path | None:
+    """The hub cache's directory of a model, if it has at least the config."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    return directory if (directory / "config.json").is_file() else None
+
+
+def _config_from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", INDEX]))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{model}: not in the hub cache, and the hub cannot be reached; name a directory that has its config.json"
+        ) from error
+    except (HfHubHTTPError, ValueError) as error:
+        raise CheckpointError(f"{model}: the hub refuses it: {str(error).splitlines()[0]}") from error
