@@ -202,7 +202,7 @@ def show_forecast(found: Forecast, to: Console = out) -> None:
         to,
         f"{found.model}, shapes from {found.origin}",
         ("role", "stored as", "weights", "bytes", "bits a weight"),
-        [(r.role, r.scheme, f"{r.weights:,}", format_size(r.nbytes), f"{r.bits:.2f}") for r in found.roles],
+        [(r.role, r.scheme.label, f"{r.weights:,}", format_size(r.nbytes), f"{r.bits:.2f}") for r in found.roles],
     )
     short = "" if found.disk_needed <= found.disk_free else ": not enough, choose another output or fewer bits"
     _facts(

@@ -20,12 +20,13 @@ import torch
 
 from moeflow import __version__
 from moeflow.artifact.blueprint import RESIDENT_SHARD, Blueprint
+from moeflow.artifact.card import CARD, model_card
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.reader import MANIFEST, PLAN
 from moeflow.artifact.records import Records
 from moeflow.artifact.shards import Written, write_experts, write_resident
 from moeflow.errors import CapacityError, UsageError
-from moeflow.files import atomic_writer, sha256_file, storage_errors
+from moeflow.files import atomic_writer, sha256_file, storage_errors, write_text
 from moeflow.progress import Progress, silent
 from moeflow.quantization.registry import library_version
 from moeflow.schema import ExpertLayer, Manifest, Quantization, Scheme, Shard
@@ -155,6 +156,7 @@ class Packer:
             self._make(unit, done, total)
             done += unit.nbytes
         self.records.keep_only({unit.shard for unit in units})
+        write_text(self.output / CARD, model_card(self.blueprint))  # for people, who may edit it: not in the manifest
         manifest = self._manifest(units, self._copy_companions())
         manifest.save(self.output / MANIFEST)
         return manifest

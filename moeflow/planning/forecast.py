@@ -5,20 +5,20 @@ The time is an estimate from rates that are stated with it. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 from moeflow.artifact.blueprint import Blueprint
 from moeflow.artifact.outline import Outline
+from moeflow.artifact.role_sizes import RoleSize, role_sizes
 from moeflow.errors import MoeflowError
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import ModelSizes
-from moeflow.schema import BitsAndBytesScheme, DenseScheme, HardwareProfile, Plan, Profile, Scheme
+from moeflow.schema import BitsAndBytesScheme, HardwareProfile, Plan, Profile, Scheme
 from moeflow.schema.units import format_rate
 
-__all__ = ["Forecast", "RoleSize", "Work", "forecast"]
+__all__ = ["Forecast", "Work", "forecast"]
 
 # Weights a second and core, encoded and compared with the original, as measured on two cores of a server.
 CORE_RATES = {"hqq": 0.6e6, "nf4": 6e6, "int8": 15e6, "none": 40e6}
@@ -26,22 +26,6 @@ CORE_RATES = {"hqq": 0.6e6, "nf4": 6e6, "int8": 15e6, "none": 40e6}
 # (https://mobiusml.github.io/hqq_blog); the others: some passes over float32, not measured.
 GPU_TRAFFIC = {"hqq": 8600, "nf4": 200, "int8": 100, "none": 20}
 DISK = 500_000_000  # bytes/s, where the hardware profile knows no disk
-OTHER = "embeddings, norms, routers"
-
-
-@dataclass(frozen=True)
-class RoleSize:
-    """One kind of matrices under one scheme."""
-
-    role: str
-    scheme: str
-    weights: int
-    nbytes: int
-
-    @property
-    def bits(self) -> float:
-        """Bits a weight, with scales, zeros and padding."""
-        return 8 * self.nbytes / self.weights if self.weights else 0.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,7 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         plain = asdict(self)
-        plain["roles"] = [{**asdict(role), "bits": round(role.bits, 4)} for role in self.roles]
+        plain["roles"] = [role.to_dict() for role in self.roles]
         plain["plan"] = self.plan.to_dict() if self.plan else None
         return {**plain, "disk_needed": self.disk_needed, "seconds": round(self.seconds, 1)}
 
@@ -94,10 +78,7 @@ def forecast(profile: Profile, known: Outline, hardware: HardwareProfile, output
         DocumentError: a scheme does not fit the model.
     """
     blueprint = Blueprint(known.checkpoint, profile.model, profile.quantization)
-    roles: dict[tuple[str, Scheme], tuple[int, int]] = {}
-    for role, scheme, weights, nbytes in _pieces(blueprint):
-        before = roles.get((role, scheme), (0, 0))
-        roles[role, scheme] = before[0] + weights, before[1] + nbytes
+    roles = role_sizes(blueprint)
     plan, refusal = None, ""
     try:
         plan = make_plan(profile, ModelSizes.of_checkpoint(known.checkpoint, profile.quantization), hardware)
@@ -107,7 +88,7 @@ def forecast(profile: Profile, known: Outline, hardware: HardwareProfile, output
         model=profile.model,
         origin=known.origin,
         output=output,
-        roles=tuple(RoleSize(role, scheme.label, *size) for (role, scheme), size in roles.items()),
+        roles=roles,
         checkpoint_nbytes=known.nbytes,
         disk_free=disk_free,
         plan=plan,
@@ -116,34 +97,13 @@ def forecast(profile: Profile, known: Outline, hardware: HardwareProfile, output
     )
 
 
-def _pieces(blueprint: Blueprint) -> Iterator[tuple[str, Scheme, int, int]]:
-    """Role, scheme, weights and bytes of each layer's experts, then of each resident tensor."""
-    checkpoint = blueprint.checkpoint
-    for position, layer in enumerate(checkpoint.layers):
-        layout, count = blueprint.layout(position), len(layer.experts)
-        weights = sum(matrix.rows * matrix.columns for matrix in layout.matrices)
-        yield "experts", layout.matrices[0].scheme, count * weights, count * layout.nbytes
-    others = []
-    for name, stored in checkpoint.resident.items():
-        role, info = checkpoint.family.resident_role(name), checkpoint.tensors[stored]
-        if matrix := blueprint.resident.get(name):
-            yield matrix.role.replace("_", " "), matrix.scheme, matrix.rows * matrix.columns, matrix.nbytes
-        elif role:
-            yield role.replace("_", " "), DenseScheme(), prod(info.shape), info.nbytes
-        else:
-            others.append((OTHER, DenseScheme(), prod(info.shape), info.nbytes))
-    yield from others
-
-
-def _work(
-    roles: dict[tuple[str, Scheme], tuple[int, int]], checkpoint: int, hardware: HardwareProfile
-) -> Iterator[Work]:
+def _work(roles: Iterable[RoleSize], checkpoint: int, hardware: HardwareProfile) -> Iterator[Work]:
     disk = hardware.disk.read if hardware.disk else DISK
     stated = f"{format_rate(disk)}, {'the disk of ' + hardware.name if hardware.disk else 'assumed'}"
     yield Work("read the checkpoint", checkpoint / disk, stated)
     by_kind: dict[str, int] = {}
-    for (_, scheme), (weights, _) in roles.items():
-        by_kind[_kind(scheme)] = by_kind.get(_kind(scheme), 0) + weights
+    for role in roles:
+        by_kind[_kind(role.scheme)] = by_kind.get(_kind(role.scheme), 0) + role.weights
     for kind, weights in by_kind.items():
         if hardware.gpu and hardware.gpu.memory_bandwidth:
             rate, on = hardware.gpu.memory_bandwidth / GPU_TRAFFIC[kind], f"on {hardware.gpu.name}"
@@ -151,7 +111,7 @@ def _work(
             rate, on = hardware.cpu.cores * CORE_RATES[kind], f"on {hardware.cpu.cores} cores"
         what = "copy what stays as it is" if kind == "none" else f"quantize, {kind}"
         yield Work(what, weights / rate, f"{rate / 1e6:.3g} million weights/s {on}")
-    written = sum(nbytes for _, nbytes in roles.values())
+    written = sum(role.nbytes for role in roles)
     yield Work("write the artifact", written / disk, stated)
 
 

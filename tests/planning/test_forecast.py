@@ -17,10 +17,10 @@ from rich.console import Console
 import moeflow
 from moeflow.artifact.outline import outline
 from moeflow.artifact.reader import Artifact
+from moeflow.artifact.role_sizes import OTHER
 from moeflow.console import show_forecast
 from moeflow.errors import CheckpointError, DocumentError
 from moeflow.pipeline import dry_run
-from moeflow.planning.forecast import OTHER
 from moeflow.schema import Plan
 
 QUANTIZATION = {
@@ -48,7 +48,7 @@ def test_it_says_what_a_pack_makes(checkpoint: Path, tmp_path: Path) -> None:
     manifest = Artifact.open(moeflow.pack(_profile(checkpoint), tmp_path / "a" / "b")).manifest
     assert found.disk_needed == manifest.expert_nbytes + manifest.resident_nbytes
     assert sum(role.weights for role in found.roles) == manifest.model.parameters
-    rows = {(role.role, role.scheme): role for role in found.roles}
+    rows = {(role.role, role.scheme.label): role for role in found.roles}
     assert set(rows) == {
         ("experts", "8-bit g64"), ("experts", "2-bit g64"), ("attention", "4-bit g64"), ("shared experts", "nf4"),
         ("head", "unquantized"), (OTHER, "unquantized"),
