@@ -134,12 +134,7 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
     forced_guess = guessing and settings.routing != "model"
     return BenchmarkRow.model_validate(
         {
-            "model": manifest.model.source,
-            "synthetic": not manifest.files,
-            "experts": max(layer.experts for layer in manifest.layers),
-            "top_k": manifest.model.top_k,
-            "expert_scheme": manifest.quantization.experts.label,
-            "attention_scheme": manifest.quantization.attention.label,
+            **_model(manifest),
             "strategy": plan.strategy,
             "execution": execution,
             "k": sum(plan.cache_slots) / len(plan.cache_slots),
@@ -168,6 +163,18 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
             "host_in_use": max(0, psutil.Process().memory_info().rss - host_before),
         }
     )
+
+
+def _model(manifest: Manifest) -> dict[str, object]:
+    """What a row says of the model."""
+    return {
+        "model": manifest.model.source,
+        "synthetic": not manifest.files,
+        "experts": max(layer.experts for layer in manifest.layers),
+        "top_k": manifest.model.top_k,
+        "expert_scheme": manifest.quantization.experts.label,
+        "attention_scheme": manifest.quantization.attention.label,
+    }
 
 
 def _warm_up(plan: Plan, settings: Settings) -> int:
