@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families.routes import assert_follows
-from oracle import decided_ids, checkpoint_model, dequantized_model, greedy_of, logits_of
+from oracle import checkpoint_model, decided_ids, dequantized_model, greedy_of, logits_of
 
 import moeflow
 from moeflow.artifact.families import FAMILIES
