@@ -34,7 +34,8 @@ def test_facts_and_views_compute_nothing() -> None:
 @pytest.mark.parametrize(
     "look",
     [lambda x: x * 2, torch.relu, lambda x: x.tolist(), lambda x: torch.cat([x, x]), lambda x: x.data_ptr(),
-     lambda x: x[0], lambda x: x.T, lambda x: x.mT, lambda x: x.data, lambda x: torch.nn.functional.linear(x, torch.ones(3, 8)), lambda x: x.add_(1), repr],
+     lambda x: x[0], lambda x: x.T, lambda x: x.mT, lambda x: x.data,
+     lambda x: torch.nn.functional.linear(x, torch.ones(3, 8)), lambda x: x.add_(1), repr],
 )  # fmt: skip
 def test_whoever_looks_finds_numbers(look: object) -> None:
     x, numbers, calls = deferred()
