@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_mixtral
 
-from moeflow.artifact.checkpoint import Checkpoint, resolve_model
+from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.families import FAMILIES as KNOWN
+from moeflow.artifact.hub import resolve_model
 from moeflow.errors import CheckpointError, DocumentError, MoeflowError
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.{}.{}.weight"
@@ -162,7 +163,9 @@ def test_a_tensor_of_the_index_that_is_in_no_file_is_named(sharded: Path) -> Non
     name = sorted(tensors)[0]
     del tensors[name]
     save_file(tensors, path)
-    assert _refusal(sharded) == f"{sharded}: 1 tensors of the index are in no file, first {name}"
+    assert _refusal(sharded) == (
+        f"{sharded}: 1 tensors of the index are in no file, first {name}; fetch the index and its files again"
+    )
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "null"])
