@@ -15,6 +15,7 @@ __all__ = ["resolve_model", "snapshot_revision"]
 
 DEMO = "demo"
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*"]
+UNWANTED = ["*/*", "consolidated*"]  # the same weights again, as the authors' own code reads them
 ELSEWHERE = "download it where there is a network, and name the directory"
 
 
@@ -45,7 +46,10 @@ def _download(model: str, revision: str | None) -> Path:
 
     offline = bool(constants.HF_HUB_OFFLINE)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED, local_files_only=offline))
+        found = snapshot_download(
+            model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=offline
+        )
+        return Path(found)
     except Exception as error:  # the network's own exceptions are those of whichever library the hub's client uses
         raise _explained(error, model, revision, offline) from error
 
