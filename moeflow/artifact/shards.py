@@ -127,7 +127,7 @@ def _read_slice(checkpoint: Checkpoint, part: Slice, device: torch.device) -> Te
 
 
 def _finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point():
         refuse_nan(checkpoint.tensors[name], ~torch.isfinite(tensor))
     return tensor
 

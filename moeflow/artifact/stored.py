@@ -65,9 +65,8 @@ def refuse_nan(part: TensorInfo, wrong: torch.Tensor) -> None:
     Raises:
         CheckpointError: there are some.
     """
-    count = int(wrong.sum())
-    if count:
+    if bool(wrong.any()):
         raise CheckpointError(
-            f"{part.file}: {part.name} holds NaN or infinity in {count} of {wrong.numel()} numbers, "
+            f"{part.file}: {part.name} holds NaN or infinity in {int(wrong.sum())} of {wrong.numel()} numbers, "
             f"first at {wrong.nonzero()[0].tolist()}; fetch this file again"
         )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import dequantized_model
+from oracle import checkpoint_model, dequantized_model
 from released import as_fp8, as_mxfp4, release
 from routes import assert_follows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_engine import NONE, hqq, random_ids
 
 import moeflow
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.discovery import discover
+from moeflow.errors import CheckpointError
 
 # 192 is a block and a half of 128: blocks at the edges are smaller, as in DeepSeek-V3's kv_a_proj_with_mqa.
 WIDE = {"hidden_size": 192, "moe_intermediate_size": 192}
@@ -68,6 +70,16 @@ def test_the_declaration_is_found_without_a_declaration(both: tuple[Path, Path])
     assert discover(released.directory, released.tensors) == plain.family
 
 
+def test_transformers_reads_the_same_weights_from_it(both: tuple[Path, Path], request: pytest.FixtureRequest) -> None:
+    """Its own dequantization, which wants whole blocks."""
+    if "fp8 in blocks" in request.node.name:
+        pytest.skip("transformers refuses blocks that are cut at the edges")
+    found, wanted = (checkpoint_model(directory, torch.bfloat16).state_dict() for directory in both)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
 @pytest.mark.parametrize("quantization", [NONE, hqq(3)], ids=["none", "hqq"])
 def test_its_artifact_is_that_of_the_plain_checkpoint(
     both: tuple[Path, Path], packed: Callable[..., Path], quantization: dict[str, object]
@@ -77,6 +89,18 @@ def test_its_artifact_is_that_of_the_plain_checkpoint(
     assert len(shards) > 1
     for name in shards:
         assert (released / name).read_bytes() == (plain / name).read_bytes()
+
+
+def test_a_scale_that_is_no_number_is_refused_by_name(
+    both: tuple[Path, Path], tmp_path: Path, packed: Callable[..., Path]
+) -> None:
+    damaged = Path(shutil.copytree(both[0], tmp_path / "damaged"))
+    tensors = load_file(damaged / "model.safetensors")
+    name = next(n for n in sorted(tensors) if ".layers.2." in n and ".experts." in n and "scale" in n)
+    tensors[name].view(-1).view(torch.uint8)[-4:] = 255
+    save_file(tensors, damaged / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN or infinity in \d of \d+ numbers"):
+        packed(damaged, NONE)
 
 
 @pytest.mark.parametrize(("k", "prefetch"), [(3, 1), (1, 0)])
