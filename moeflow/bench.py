@@ -118,35 +118,33 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
         cold, cold_traffic = run.typical_prefill(engine.empty_cache)
         first, first_traffic = run.typical_prefill()
         run.decode(_warm_up(plan, settings))
+        tokens = (
+            settings.tokens if plan.strategy != "naive" else max(1, settings.tokens // 4)
+        )  # each takes whole layers
         before, wasted_before = engine.traffic, engine.wasted_bytes
-        seconds = run.decode(settings.tokens)
+        seconds = run.decode(tokens)
         decode = engine.traffic.since(before)
         wasted = None if engine.wasted_bytes is None or wasted_before is None else engine.wasted_bytes - wasted_before
         reads = _read_bytes(manifest, engine)
         note = engine.fallback or ""
         execution = engine.execution.partition("-")[0]
         in_use = torch.cuda.max_memory_reserved() if plan.device == "cuda" else None
-    per_token = 1 / settings.tokens
+    per_token = 1 / tokens
     guessing = plan.prefetch.depth > 0
     forced_guess = guessing and settings.routing != "model"
     return BenchmarkRow.model_validate(
         {
-            "model": manifest.model.source,
-            "synthetic": not manifest.files,
-            "experts": max(layer.experts for layer in manifest.layers),
-            "top_k": manifest.model.top_k,
-            "expert_scheme": manifest.quantization.experts.label,
-            "attention_scheme": manifest.quantization.attention.label,
+            **_model(manifest),
             "strategy": plan.strategy,
             "execution": execution,
             "k": sum(plan.cache_slots) / len(plan.cache_slots),
             "routing": settings.routing,
             "recall": settings.recall if forced_guess else None,
             "prompt_tokens": settings.prompt,
-            "tokens": settings.tokens,
+            "tokens": tokens,
             "batch": 1,
             "note": note,
-            "tokens_per_second": settings.tokens / seconds,
+            "tokens_per_second": tokens / seconds,
             "time_to_first_token": first,
             "cold_time_to_first_token": cold,
             "hit_rate": decode.hit_rate if decode.uses and plan.strategy in ("full", "no-prefetch") else None,
@@ -165,6 +163,18 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
             "host_in_use": max(0, psutil.Process().memory_info().rss - host_before),
         }
     )
+
+
+def _model(manifest: Manifest) -> dict[str, object]:
+    """What a row says of the model."""
+    return {
+        "model": manifest.model.source,
+        "synthetic": not manifest.files,
+        "experts": max(layer.experts for layer in manifest.layers),
+        "top_k": manifest.model.top_k,
+        "expert_scheme": manifest.quantization.experts.label,
+        "attention_scheme": manifest.quantization.attention.label,
+    }
 
 
 def _warm_up(plan: Plan, settings: Settings) -> int:

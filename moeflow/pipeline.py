@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moeflow.artifact.checkpoint import Checkpoint, resolve_model
+from moeflow.artifact.checkpoint import Checkpoint
+from moeflow.artifact.hub import resolve_model
 from moeflow.artifact.outline import outline
 from moeflow.artifact.reader import PLAN, Artifact
 from moeflow.errors import ArtifactError

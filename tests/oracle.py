@@ -73,3 +73,32 @@ def greedy_of(model: Any, ids: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         answer.append(int(logits_of(model, [*ids, *answer])[-1].argmax()))
     return answer
+
+
+@torch.inference_mode()
+def decided_ids(model: Any, count: int, gap: float = 0.01) -> list[int]:
+    """Random ids on which no router of `model` (softmax, top-k) stands between experts closer than `gap`.
+
+    Kernels that round at 1e-4 may choose another of two experts that score alike, and logits then differ by half.
+    """
+    closest: list[float] = []
+
+    def note(module: Any, _: object, results: Sequence[Tensor]) -> None:
+        scores = results[0].float().topk(module.top_k + 1).values
+        closest.append(float((scores[:, -2] - scores[:, -1]).min()))
+
+    routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    assert routers, "a model whose routers are found by name"
+    handles = [router.register_forward_hook(note) for router in routers]
+    try:
+        for seed in torch.randint(1 << 30, (300,)).tolist():
+            ids = torch.randint(96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+            closest.clear()
+            model(torch.tensor([ids]))
+            if min(closest) > gap:
+                print(f"ids from seed {seed}, routers decided by {min(closest):.3f}")
+                return ids
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise AssertionError("no such ids in 300 prompts")

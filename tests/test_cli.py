@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from moeflow import cli
-from moeflow.artifact.checkpoint import resolve_model
+from moeflow.artifact.hub import resolve_model
 from moeflow.files import data_dir
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from oracle import checkpoint_model, logits_of
 
-from moeflow.artifact.checkpoint import Checkpoint, resolve_model
+from moeflow.artifact.checkpoint import Checkpoint
+from moeflow.artifact.hub import resolve_model
 from moeflow.engine import Engine
 
 DEMO = resolve_model("demo")

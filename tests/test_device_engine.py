@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families.routes import assert_follows
-from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
+from oracle import checkpoint_model, decided_ids, dequantized_model, greedy_of, logits_of
 
 import moeflow
 from moeflow.artifact.families import FAMILIES
@@ -71,9 +71,10 @@ def assert_near(found: torch.Tensor, reference: torch.Tensor, bound: float = BOU
 def test_logits_are_those_of_the_dequantized_weights(
     tiny_checkpoint: Path, packed: Callable[..., Path], bits: int
 ) -> None:
-    ids = random_ids(24)
     artifact = packed(tiny_checkpoint, hqq(bits, {2: 4, 3: 2, 4: 8, 8: 3}[bits]))
-    reference = logits_of(dequantized_model(artifact), ids)
+    model = dequantized_model(artifact)
+    ids = decided_ids(model, 24)
+    reference = logits_of(model, ids)
     with load(artifact, experts_per_layer=3) as engine:
         assert_near(engine.logits(ids, chunk=1), reference)
         assert_near(engine.logits(ids), reference)  # prefill: whole layers, unpacked by the kernel

@@ -116,6 +116,7 @@ class Blueprint:
         checkpoint = self.checkpoint
         return ModelFacts(
             source=self.source,
+            revision=checkpoint.revision,
             type=checkpoint.family.model_type,
             source_digest=checkpoint.digest(),
             dtype=checkpoint.dtype,

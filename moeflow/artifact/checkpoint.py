@@ -1,7 +1,8 @@
 """Reads Hugging Face checkpoints: what is in them at once, their tensors one at a time, never the whole model.
 
 Only safetensors are read: no pickle, no remote code. Headers are read without torch, so that sizes can be
-planned before anything heavy is imported.
+planned before anything heavy is imported. Weights that were released in 4 or 8 bits appear here as the plain tensors
+that they stand for (`moeflow.artifact.formats`).
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from moeflow.artifact.facts import ModelConfig
 from moeflow.artifact.families import FAMILIES, Family
+from moeflow.artifact.formats import stored_tensors
+from moeflow.artifact.hub import snapshot_revision
 from moeflow.artifact.layers import MoeLayer, Slice, find_layers
-from moeflow.artifact.safetensors import TensorInfo, read_header, read_tensor
+from moeflow.artifact.safetensors import TensorInfo, read_header
 from moeflow.errors import CheckpointError
 from moeflow.files import read_document
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "resolve_model"]
+__all__ = ["Checkpoint"]
 
-DEMO = "demo"
 _DTYPES: Mapping[str, Literal["float32", "bfloat16", "float16"]] = {
     "F32": "float32",
     "BF16": "bfloat16",
@@ -34,44 +36,17 @@ _DTYPES: Mapping[str, Literal["float32", "bfloat16", "float16"]] = {
 }
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: `demo`, a local directory, or a hub id, which is downloaded into the hub cache.
-
-    Raises:
-        CheckpointError: there is no such model, or the hub cannot be reached.
-    """
-    if model == DEMO:
-        return Path(__file__).parent.parent / "demo"
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise CheckpointError(
-            f"{model}: no such directory; a model is a directory, a hub id such as "
-            "mistralai/Mixtral-8x7B-Instruct-v0.1, or 'demo'"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*", "README.md"]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{model}: neither a local directory nor in the hub cache, and the hub cannot be reached; "
-            "download it where there is a network, and name the directory"
-        ) from error
-    except (HfHubHTTPError, ValueError) as error:
-        raise CheckpointError(f"{model}: the hub refuses it: {str(error).splitlines()[0]}") from error
-
-
 class Checkpoint:
     """A checkpoint directory, opened: config, family, tensor headers; tensors on demand."""
 
-    def __init__(self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]):
+    def __init__(self, directory: Path, config: dict[str, Any], headers: dict[str, TensorInfo]):
         self.directory = directory
         self.config = config
-        self.tensors = tensors
+        self.headers = headers
+        """What is on disk."""
+        self.stored = stored_tensors(config, headers, directory / "config.json")
+        self.tensors = {name: stored.info for name, stored in self.stored.items()}
+        """The same as plain tensors: what a release stores as codes and scales is one here, in 16 or 32 bits."""
         self.facts = ModelConfig(config, directory / "config.json")
 
     @classmethod
@@ -87,10 +62,7 @@ class Checkpoint:
         config = read_document(config_file)
         if not isinstance(config, dict):
             raise CheckpointError(f"{config_file}: a config is a mapping of keys, this is {type(config).__name__}")
-        files = _weight_files(directory)
-        tensors = {name: info for file in files for name, info in read_header(file, CheckpointError).tensors.items()}
-        checkpoint = cls(directory, config, tensors)
-        _check_complete(checkpoint)
+        checkpoint = cls(directory, config, _headers(directory))
         _ = checkpoint.family
         return checkpoint
 
@@ -151,6 +123,11 @@ class Checkpoint:
         return _DTYPES[stored]
 
     @property
+    def revision(self) -> str | None:
+        """The commit on the hub, where the directory is a snapshot in the hub cache."""
+        return snapshot_revision(self.directory)
+
+    @property
     def top_k(self) -> int:
         """Experts that the router chooses per token."""
         return self.facts.top_k
@@ -172,40 +149,65 @@ class Checkpoint:
 
     def digest(self) -> str:
         """SHA-256 over the config and every tensor's name, dtype and shape: the same on every machine."""
-        headers = {name: [info.dtype, list(info.shape)] for name, info in sorted(self.tensors.items())}
+        headers = {name: [info.dtype, list(info.shape)] for name, info in sorted(self.headers.items())}
         return hashlib.sha256(json.dumps([self.config, headers], sort_keys=True).encode()).hexdigest()
 
     def fingerprint(self, names: list[str]) -> list[Any]:
         """What tells on this machine whether the stored bytes of these tensors may have changed."""
-        stats = {self.tensors[n].file: self.tensors[n].file.stat() for n in names}
+        parts = [part for n in names for part in self.stored[n].parts]
+        stats = {part.file: part.file.stat() for part in parts}
         files = [[f.name, s.st_size, s.st_mtime_ns] for f, s in sorted(stats.items())]
-        return [files, [[n, self.tensors[n].offset] for n in names]]
+        return [files, [[part.name, part.offset] for part in parts]]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in host memory, as stored."""
-        return read_tensor(self.tensors[name])
+        """One plain tensor, in host memory."""
+        return self.stored[name].read()
 
     def read_slice(self, part: Slice) -> torch.Tensor:
         """One array of one expert, in host memory: a matrix `[outputs, inputs]`, or a bias `[outputs]`."""
-        tensor = read_tensor(self.tensors[part.tensor], part.expert)
+        tensor = self.stored[part.tensor].read(part.expert)
         return tensor.T.contiguous() if part.transposed else tensor
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _headers(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor on disk, from the files that the index names, or from all files where there is none."""
     index_file = directory / "model.safetensors.index.json"
-    if index_file.is_file():
-        named = sorted(set(_weight_map(index_file).values()))
-        missing = [name for name in named if not (directory / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{directory}: {len(missing)} of {len(named)} weight files are missing, first {missing[0]}; "
-                "resume the download"
-            )
-        return [directory / name for name in named]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory}: no *.safetensors file; other formats are not read")
-    return files
+    if not index_file.is_file():
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{directory}: no *.safetensors file; other formats are not read")
+        return _merged(files, {})
+    index = _weight_map(index_file)
+    named = sorted(set(index.values()))
+    missing = [name for name in named if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} of {len(named)} weight files are missing, first {missing[0]}; "
+            "resume the download"
+        )
+    headers = _merged([directory / name for name in named], {n: directory / file for n, file in index.items()})
+    absent = set(index) - set(headers)
+    if absent:
+        raise CheckpointError(
+            f"{directory}: {len(absent)} tensors of the index are in no file, first {min(absent)}; "
+            "fetch the index and its files again"
+        )
+    return headers
+
+
+def _merged(files: list[Path], places: Mapping[str, Path]) -> dict[str, TensorInfo]:
+    """The headers of all files; `places` says which of two files is meant where both have a tensor."""
+    found: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file, CheckpointError).tensors.items():
+            if name in found and name not in places:
+                raise CheckpointError(
+                    f"{file}: {name} is in {found[name].file.name} too; without an index nothing says which is meant: "
+                    "leave one upload in the directory"
+                )
+            if name not in found or places[name] == file:
+                found[name] = info
+    return found
 
 
 def _weight_map(index_file: Path) -> dict[str, str]:
@@ -213,16 +215,9 @@ def _weight_map(index_file: Path) -> dict[str, str]:
     found = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{index_file}: has no weight_map of tensor names to files; fetch it again")
+    for name, file in found.items():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(
+                f"{index_file}: {name} is said to be in {file}, outside of the checkpoint's directory; fetch it again"
+            )
     return found
-
-
-def _check_complete(checkpoint: Checkpoint) -> None:
-    """Compare the tensors found with the index, where there is one."""
-    index_file = checkpoint.directory / "model.safetensors.index.json"
-    if not index_file.is_file():
-        return
-    missing = set(_weight_map(index_file)) - set(checkpoint.tensors)
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.directory}: {len(missing)} tensors of the index are in no file, first {min(missing)}"
-        )

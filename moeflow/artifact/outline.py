@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.artifact.architectures import PUBLISHED, architecture
-from moeflow.artifact.checkpoint import Checkpoint, resolve_model
+from moeflow.artifact.checkpoint import Checkpoint
+from moeflow.artifact.hub import resolve_config, resolve_model
 from moeflow.artifact.synthetic import synthetic_checkpoint
 from moeflow.errors import CheckpointError
 from moeflow.files import read_document
@@ -31,7 +32,7 @@ class Outline:
     origin: str
     """Where shapes come from."""
     nbytes: int
-    """Of the checkpoint's tensors."""
+    """Of the checkpoint's tensors as they are stored."""
 
 
 def outline(model: str, revision: str | None = None) -> Outline:
@@ -48,7 +49,7 @@ def outline(model: str, revision: str | None = None) -> Outline:
     if directory is None and revision is None and model in PUBLISHED:
         checkpoint = synthetic_checkpoint(architecture(PUBLISHED[model]), model)
         return Outline(checkpoint, "the config that ships with moeflow", _nbytes(checkpoint))
-    directory = directory or _config_from_hub(model, revision)
+    directory = directory or resolve_config(model, revision)
     return _of_config(directory)
 
 
@@ -66,7 +67,7 @@ def _of_config(directory: Path) -> Outline:
 
 
 def _nbytes(checkpoint: Checkpoint) -> int:
-    return sum(info.nbytes for info in checkpoint.tensors.values())
+    return sum(info.nbytes for info in checkpoint.headers.values())
 
 
 def _index(directory: Path) -> dict[str, Any]:
@@ -94,17 +95,3 @@ def _cached(model: str, revision: str | None) -> Path | None:
     except (LocalEntryNotFoundError, ValueError):
         return None
     return directory if (directory / "config.json").is_file() else None
-
-
-def _config_from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", INDEX]))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{model}: not in the hub cache, and the hub cannot be reached; name a directory that has its config.json"
-        ) from error
-    except (HfHubHTTPError, ValueError) as error:
-        raise CheckpointError(f"{model}: the hub refuses it: {str(error).splitlines()[0]}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -76,7 +76,22 @@ def read_header(file: Path, error: type[MoeflowError]) -> Header:
         raise error(
             f"{file}: {'truncated' if end > size else 'too long'}: its tensors need {end} bytes, the file has {size}"
         )
+    _check_places(file, tensors.values(), start, error)
     return Header(start, tensors)
+
+
+def _check_places(file: Path, tensors: Iterable[TensorInfo], start: int, error: type[MoeflowError]) -> None:
+    """Every byte is one tensor's: two tensors of the same bytes are two names for one of them, and one is wrong."""
+    end, before = 0, "the header"
+    for info in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        begin = info.offset - start
+        if begin != end:
+            what = f"overlaps {before}" if begin < end else f"leaves a gap after {before}"
+            raise error(
+                f"{file}: {info.name} {what}: it begins at byte {begin} of the data, {before} ends at {end}; "
+                "fetch this file again"
+            )
+        end, before = begin + info.nbytes, info.name
 
 
 def _info(file: Path, name: str, entry: dict[str, Any], start: int) -> TensorInfo:

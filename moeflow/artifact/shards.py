@@ -18,11 +18,11 @@ from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.layers import MoeLayer, Slice
 from moeflow.artifact.matrix import encode, parts_of
 from moeflow.artifact.safetensors import ShardWriter, shard_writer
-from moeflow.errors import CheckpointError
+from moeflow.artifact.stored import refuse_nan
 from moeflow.quantization.registry import quantizer_for
 from moeflow.schema import BlobLayout, PackedMatrix, Shard
 
-__all__ = ["Written", "write_experts", "write_resident"]
+__all__ = ["Written", "check_numbers", "write_experts", "write_resident"]
 
 _STORED = {"uint8": "U8", "int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -100,6 +100,22 @@ def write_resident(
     return _written(writer, error)
 
 
+def check_numbers(checkpoint: Checkpoint, layer: MoeLayer | None) -> None:
+    """Read all that a layer's shard is made of, or the resident one, and write nothing.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity.
+    """
+    cpu = torch.device("cpu")
+    if layer is None:
+        for name in checkpoint.resident.values():
+            _read(checkpoint, name, cpu)
+        return
+    for parts in layer.experts:
+        for part in parts.values():
+            _read_slice(checkpoint, part, cpu)
+
+
 def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
     """A tensor of the checkpoint, on `device`; one NaN would spoil a group of weights and every sum after it."""
     return _finite(checkpoint, name, checkpoint.read(name).to(device))
@@ -111,8 +127,8 @@ def _read_slice(checkpoint: Checkpoint, part: Slice, device: torch.device) -> Te
 
 
 def _finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{checkpoint.tensors[name].file}: {name} holds NaN or infinity; fetch this file again")
+    if tensor.is_floating_point():
+        refuse_nan(checkpoint.tensors[name], ~torch.isfinite(tensor))
     return tensor
 
 

@@ -67,10 +67,14 @@ class _State:
 
 VIEWS = frozenset({"view", "reshape", "contiguous", "unsqueeze", "squeeze", "flatten"})
 SUMS = frozenset({"add", "__add__", "__radd__"})
-# What looks at no number.
+# What looks at no number: methods, and attributes (others, as `.T`, are views that would see what is not there yet).
 FACTS = frozenset({
-    "__get__", "size", "dim", "numel", "stride", "is_contiguous", "element_size", "storage_offset", "__len__",
-    "is_floating_point", "is_complex", "get_device", "nelement", "ndimension",
+    "size", "dim", "numel", "stride", "is_contiguous", "element_size", "storage_offset", "__len__", "is_floating_point",
+    "is_complex", "get_device", "nelement", "ndimension",
+})  # fmt: skip
+ATTRIBUTES = frozenset({
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_meta", "is_sparse",
+    "is_quantized", "is_nested", "is_leaf", "itemsize", "nbytes", "grad_fn", "_version",
 })  # fmt: skip
 
 
@@ -126,7 +130,8 @@ class Deferred(Tensor):
         """Carry out `func`, on computed numbers unless it needs none."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in FACTS and isinstance(args[0], Deferred):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else ""
+        if (name in FACTS or attribute in ATTRIBUTES) and isinstance(args[0], Deferred):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in VIEWS and isinstance(args[0], Deferred) and args[0].recipe is not None:

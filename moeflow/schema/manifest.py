@@ -101,6 +101,8 @@ class ModelFacts(Part):
 
     source: str
     """The model as the profile named it."""
+    revision: str | None = Field(default=None, exclude_if=lambda commit: commit is None)
+    """The commit that was packed, where the model came from the hub."""
     type: str
     """transformers' model_type."""
     source_digest: Digest

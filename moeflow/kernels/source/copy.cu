@@ -2,7 +2,7 @@
 // addresses are decided on the device, which the copy engine could not follow inside a graph.
 //
 // Every warp moves pieces of 4 KiB, eight 16-byte loads a lane in flight; a few blocks are enough for any link. A copy on
-// a guess watches a flag and gives way within one piece; how far each warp came is noted, so that a right guess is
+// a guess watches a flag and gives way within half a piece; how far each warp came is noted, so that a right guess is
 // completed and not repeated.
 //
 // WARPS: of the whole grid, the same in every launch. FOLLOWS: 1 for a launch right behind one for other pieces of the same
@@ -14,14 +14,15 @@ constexpr int ENDING = 2;   // pieces of a warp: a few microseconds on any link
 
 enum { MOVED, GUESSED_BYTES, USED_BYTES };   // counters of bytes
 
+template <int LOADS>   // of a lane in flight, 16 bytes each
 __device__ __forceinline__ void move(const char* source, char* target, int lane) {
     const uint4* from = (const uint4*)source + lane;
     uint4* to = (uint4*)target + lane;
-    uint4 v[8];
+    uint4 v[LOADS];
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = load_host(from + 32 * i);
+    for (int i = 0; i < LOADS; i++) v[i] = load_host(from + 32 * i);
 #pragma unroll
-    for (int i = 0; i < 8; i++) to[32 * i] = v[i];
+    for (int i = 0; i < LOADS; i++) to[32 * i] = v[i];
 }
 
 // The pieces [first, last) of every job's blob. source: of the layer's expert 0; nbytes: of a blob; jobs as `lookup` left
@@ -45,7 +46,7 @@ copy(const char* source, char* pool, long long nbytes, const int* jobs, const in
 #pragma unroll 1
         for (; p < last; p += WARPS, moved++) {
             if (j == count - 1 && p + ENDING * WARPS >= last) let_next_begin();
-            move(from + p * PIECE, to + p * PIECE, lane);
+            move<PIECE / 512>(from + p * PIECE, to + p * PIECE, lane);
         }
     }
     if (lane == 0) {
@@ -72,9 +73,14 @@ copy_guesses(const char* source, char* pool, long long nbytes, const int* guesse
         int done = 0;
 #pragma unroll 1
         for (long long p = warp; p * PIECE < nbytes && p < limit; p += WARPS) {
-            halt = __shfl_sync(0xFFFFFFFFu, load_volatile(stop), 0) != 0;
+            // Half a piece at a time: what is in flight when the flag is raised delays the copies that somebody needs.
+#pragma unroll 1
+            for (int half = 0; half < 2 && !halt; half++) {
+                halt = __shfl_sync(0xFFFFFFFFu, load_volatile(stop), 0) != 0;
+                const long long at = p * PIECE + half * (PIECE / 2);
+                if (!halt) move<PIECE / 1024>(from + at, to + at, lane);
+            }
             if (halt) break;
-            move(from + p * PIECE, to + p * PIECE, lane);
             done++;
         }
         if (lane == 0) progress[g * WARPS + warp] = done;
