@@ -1,6 +1,7 @@
 """What packing a profile would make, and take: sizes by role, disk, memory, time; nothing is written.
 
-The time is an estimate from rates that are stated with it. Imports no torch.
+The time is an estimate from rates that are stated with it, and called assumed where nobody has measured them. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _work(roles: Iterable[RoleSize], checkpoint: int, hardware: HardwareProfile)
         by_kind[_kind(role.scheme)] = by_kind.get(_kind(role.scheme), 0) + role.weights
     for kind, weights in by_kind.items():
         if hardware.gpu and hardware.gpu.memory_bandwidth:
-            rate, on = hardware.gpu.memory_bandwidth / GPU_TRAFFIC[kind], f"on {hardware.gpu.name}"
+            rate, on = hardware.gpu.memory_bandwidth / GPU_TRAFFIC[kind], f"assumed for {hardware.gpu.name}"
         else:
             rate, on = hardware.cpu.cores * CORE_RATES[kind], f"on {hardware.cpu.cores} cores"
         what = "copy what stays as it is" if kind == "none" else f"quantize, {kind}"
