@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import checkpoint_model, decided_ids, dequantized_model, logits_of
+from tiny_families import LONGROPE
 
 import moeflow
 from moeflow.artifact.architectures import architecture
@@ -101,11 +102,7 @@ def test_positions_beyond_the_length_of_training(
     checkpoint_factory: Callable[..., Path], packed: Callable[..., Path]
 ) -> None:
     """PhiMoE's tables in a graph: another scale from position 16 on."""
-    rope = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "short_mscale": 1.2,
-        "long_mscale": 1.6, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
-    }  # fmt: skip
-    artifact, ids = packed(checkpoint_factory("phimoe", rope_parameters=rope), {"backend": "none"}), random_ids(24)
+    artifact, ids = packed(checkpoint_factory("phimoe", rope_parameters=LONGROPE), {"backend": "none"}), random_ids(24)
     with moeflow.load(artifact, dtype="float32", execution="host") as engine:
         expected = engine.logits(ids, chunk=1)
     with load(artifact, experts_per_layer=3) as engine:

@@ -114,3 +114,9 @@ GENERIC: dict[str, Any] = {
     "shared_expert_intermediate_size": INTERMEDIATE, "attention_multiplier": 0.25,
     "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
 }  # fmt: skip
+
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "short_mscale": 1.2,
+    "long_mscale": 1.6, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+}  # fmt: skip
+"""PhiMoE's frequencies and scales, which transformers chooses by the longest position."""

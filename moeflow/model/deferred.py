@@ -175,5 +175,6 @@ def _finished(value: Any) -> Any:
     if isinstance(value, Deferred):
         return value.finish()
     if isinstance(value, tuple | list):
-        return type(value)(map(_finished, value)) if not hasattr(value, "_fields") else value
+        parts = map(_finished, value)
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value

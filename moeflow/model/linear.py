@@ -70,8 +70,9 @@ class PackedLinear(nn.Module):
         tokens = x.numel() // self.in_features
         if self.gemv is None or tokens > MOST_TOKENS:
             return self._dense(x)
-        out = self.merged.product(self, x, self._inputs) if self.merged is not None else None
-        if out is None:
+        if self.merged is not None:
+            out = self.merged.product(self, x, self._inputs)
+        else:
             out = multiply(self.gemv, self.blob, x, self._inputs, self)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
@@ -118,7 +119,7 @@ class Merged:
         self._result: tuple[weakref.ref[Tensor], Tensor] | None = None
         self._waiting: set[int] = set()
 
-    def product(self, member: PackedLinear, x: Tensor, inputs: Inputs) -> Tensor | None:
+    def product(self, member: PackedLinear, x: Tensor, inputs: Inputs) -> Tensor:
         """The member's columns [T, N] for x; a member that comes twice computes anew."""
         ready = self._result if self._result is not None and self._result[0]() is x else None
         if ready is None or id(member) not in self._waiting:

@@ -13,6 +13,7 @@
 // share of a head to finish adds up all of them, in their order.
 //
 // The code is kept short: a step runs it once per layer, after other kernels, and fetching it costs more than running it.
+#include "collectives.cuh"
 #include "elements.cuh"
 
 #ifndef FRESH
@@ -31,20 +32,8 @@ constexpr int EACH = TEAMS < 8 ? 8 / TEAMS : 1;              // positions of a t
 constexpr int OWN = EACH * TEAMS, WARPS = TILE / OWN, THREADS = 32 * WARPS;   // the same in attention.py
 constexpr float LOG2_E = 1.4426950408889634f;
 
-__device__ __forceinline__ float nothing() { return __uint_as_float(0xFF800000u); }   // -infinity
 // What is subtracted before the exponential, so that a row without any position gives zeros.
-__device__ __forceinline__ float shift_of(float largest) { return largest == nothing() ? 0.f : largest; }
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-    for (int o = 16; o; o >>= 1) value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, o));
-    return value;
-}
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-    for (int o = 16; o; o >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, o);
-    return value;
-}
-
+__device__ __forceinline__ float shift_of(float largest) { return largest == negative_infinity() ? 0.f : largest; }
 struct Shared {
     float query[ROWS][WIDTH];                  // turned and scaled
 #if FRESH
@@ -58,7 +47,7 @@ struct Shared {
 
 // The logarithm (base 2) of what a head adds to its denominator without a value; -infinity where there is none.
 __device__ __forceinline__ float sink_of(const void* sinks, int head) {
-    return sinks ? load_one(sinks, head) * LOG2_E : nothing();
+    return sinks ? load_one(sinks, head) * LOG2_E : negative_infinity();
 }
 
 #if FRESH
@@ -179,7 +168,7 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
     float query[ROWS][8], sums[ROWS][8], largest[ROWS], sum[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        largest[r] = nothing();
+        largest[r] = negative_infinity();
         sum[r] = 0.f;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -207,7 +196,7 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
 #pragma unroll
                     for (int o = TEAM / 2; o; o >>= 1) dot += __shfl_xor_sync(0xFFFFFFFFu, dot, o);
                     const int at = at0 + i * TEAMS, position = start + (blockIdx.z * ROWS + r) % TOKENS;
-                    score[i][r] = at <= position && (window <= 0 || at > position - (int)window) ? dot : nothing();
+                    score[i][r] = at <= position && (window <= 0 || at > position - (int)window) ? dot : negative_infinity();
                 }
             }
         }
@@ -279,7 +268,7 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
     }
     __syncthreads();
     if (thread < ROWS) {   // what each warp's sums are to be multiplied by, in place of its largest score
-        float most = nothing(), total = 0.f;
+        float most = negative_infinity(), total = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) most = fmaxf(most, s.largest[w][thread]);
         const float shift = shift_of(most);
@@ -331,13 +320,13 @@ attend(const void* q, void* k, void* v, void* out, float* partial, float* stats,
 #pragma unroll 1
     for (int r = warp; r < ROWS; r += WARPS) {
         const int row = blockIdx.z * ROWS + r;
-        const float sink = row < group * TOKENS ? sink_of(sinks, kv * group + row / TOKENS) : nothing();
+        const float sink = row < group * TOKENS ? sink_of(sinks, kv * group + row / TOKENS) : negative_infinity();
         float most[2], total[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             const int other = lane + 32 * i;
             const float2* stat = (const float2*)stats + (block * splits + other) * ROWS + r;
-            const float2 found = other < active ? __ldcg(stat) : make_float2(nothing(), 0.f);
+            const float2 found = other < active ? __ldcg(stat) : make_float2(negative_infinity(), 0.f);
             most[i] = found.x;
             total[i] = found.y;
         }

@@ -1,5 +1,6 @@
 // The small operations of a decoding step between the products: one launch each where torch needs four to ten.
 // Roundings are transformers' own, in the same places; sums are float32.
+#include "collectives.cuh"
 #include "elements.cuh"
 
 // rms_norm: y = weight * (x / sqrt(mean(x^2) + eps)), a row a block, the row in registers.
@@ -11,20 +12,6 @@
 #ifndef LATE
 #define LATE 0
 #endif
-
-// The block's sum, the same in every thread, in a fixed order.
-__device__ __forceinline__ float block_sum(float value) {
-    __shared__ float sums[32];
-    const int lane = threadIdx.x & 31, warps = ((int)blockDim.x + 31) / 32;
-#pragma unroll
-    for (int o = 16; o; o >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, o);
-    if (lane == 0) sums[threadIdx.x >> 5] = value;
-    __syncthreads();
-    value = lane < warps ? sums[lane] : 0.f;
-#pragma unroll
-    for (int o = 16; o; o >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, o);
-    return value;
-}
 
 extern "C" __global__ void __launch_bounds__(1024)
 rms_norm(const void* x, const void* weight, void* y, long long columns_, float eps) {

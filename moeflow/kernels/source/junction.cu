@@ -7,25 +7,13 @@
 //   COLUMNS      of a row; EACH: groups of eight of them that a thread holds
 //   LATE         1: the norm is rounded once, after its weight; 0: before it as well
 //   LAY_OUT      1: for the packed format that format.cuh's macros name
+#include "collectives.cuh"
 #include "elements.cuh"
 #include "lay_out.cuh"
 
 #define NOTHING 0
 #define TENSOR 1
 #define EXPERTS 2
-
-__device__ __forceinline__ float block_sum(float value) {
-    __shared__ float sums[32];
-    const int lane = threadIdx.x & 31, warps = ((int)blockDim.x + 31) / 32;
-#pragma unroll
-    for (int o = 16; o; o >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, o);
-    if (lane == 0) sums[threadIdx.x >> 5] = value;
-    __syncthreads();
-    value = lane < warps ? sums[lane] : 0.f;
-#pragma unroll
-    for (int o = 16; o; o >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, o);
-    return value;
-}
 
 __device__ __forceinline__ float weight_at(const void* weights, long long i) {
 #if WEIGHT == FLOAT

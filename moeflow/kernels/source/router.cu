@@ -7,6 +7,7 @@
 //   WEIGHT    numbers of the weights that leave
 //
 // Of equal scores the expert of the lower index comes first.
+#include "collectives.cuh"
 #include "elements.cuh"
 
 #define SCORES 0
@@ -57,43 +58,31 @@ __device__ __forceinline__ void store_weight(void* out, long long at, float valu
 #endif
 }
 
-__device__ __forceinline__ float all_max(float value) {
-#pragma unroll
-    for (int o = 16; o; o >>= 1) value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, o));
-    return value;
-}
-__device__ __forceinline__ float all_sum(float value) {
-#pragma unroll
-    for (int o = 16; o; o >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, o);
-    return value;
-}
-__device__ __forceinline__ float lowest() { return __uint_as_float(0xFF800000u); }   // -infinity
-
 // One warp chooses for one token. logits [EXPERTS] in float32, as rounded.
 __device__ __forceinline__ void choose(const float* logits, long long token, void* weights, long long* index, int lane) {
     float score[OWN];
-    float most = lowest(), sum = 0.f;
+    float most = negative_infinity(), sum = 0.f;
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         const int e = 32 * i + lane;
-        score[i] = e < EXPERTS ? (ALONE ? logits[e] : __ldcg(logits + e)) : lowest();
+        score[i] = e < EXPERTS ? (ALONE ? logits[e] : __ldcg(logits + e)) : negative_infinity();
         most = fmaxf(most, score[i]);
     }
-    most = all_max(most);
+    most = warp_max(most);
 #if FIRST == SCORES
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-        score[i] = 32 * i + lane < EXPERTS ? expf(score[i] - most) : lowest();
+        score[i] = 32 * i + lane < EXPERTS ? expf(score[i] - most) : negative_infinity();
         if (32 * i + lane < EXPERTS) sum += score[i];
     }
-    sum = all_sum(sum);
+    sum = warp_sum(sum);
 #pragma unroll
     for (int i = 0; i < OWN; i++) if (32 * i + lane < EXPERTS) score[i] /= sum;
 #endif
     float mine = 0.f, chosen = 0.f;   // lane k keeps the k-th choice
     int expert = 0;
     for (int k = 0; k < CHOICES; k++) {
-        float best = lowest();
+        float best = negative_infinity();
         int who = EXPERTS;
 #pragma unroll
         for (int i = 0; i < OWN; i++)
@@ -106,15 +95,15 @@ __device__ __forceinline__ void choose(const float* logits, long long token, voi
         }
         // Where all that is left is no number, nobody wins: an expert that exists is named all the same.
 #pragma unroll
-        for (int i = 0; i < OWN; i++) if (32 * i + lane == who) score[i] = lowest();
+        for (int i = 0; i < OWN; i++) if (32 * i + lane == who) score[i] = negative_infinity();
         if (lane == k) { mine = best; expert = who < EXPERTS ? who : k; }
     }
 #if FIRST == CHOICE
     mine = lane < CHOICES ? expf(mine - most) : 0.f;   // the first choice is the largest of all
-    chosen = all_sum(mine);
+    chosen = warp_sum(mine);
     mine /= chosen;
 #elif NORMALIZE
-    chosen = all_sum(lane < CHOICES ? mine : 0.f);
+    chosen = warp_sum(lane < CHOICES ? mine : 0.f);
     mine /= chosen;
 #endif
     if (lane < CHOICES) {
@@ -159,7 +148,7 @@ route(const void* x, const void* matrix, const void* bias, void* logits, float* 
 #pragma unroll
             for (int j = 0; j < 8; j++) sum = fmaf(a[j], b[j], sum);
         }
-        sum = all_sum(sum);
+        sum = warp_sum(sum);
         if (lane == 0) {
             if (bias) {
 #if MATRIX == ELEMENT
