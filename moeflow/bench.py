@@ -61,6 +61,8 @@ class Settings:
     rows: Sequence[Strategy] = ("full",)
     all_hits: bool = False
     """Also a row with every expert cached."""
+    copy_engine: bool = True
+    """Whether large copies are the copy engine's; else kernels copy all."""
     launcher: Launcher | None = field(default=None, repr=False)
 
 
@@ -112,7 +114,8 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
         release_memory(torch.device("cuda"))  # what earlier rows left is not this one's
         torch.cuda.reset_peak_memory_stats()
     routes = _routes(manifest, plan, settings)
-    with Engine(artifact, plan, launcher=settings.launcher, routes=routes, store=store) as engine:
+    parts = {"launcher": settings.launcher, "store": store, "mover": settings.copy_engine}
+    with Engine(artifact, plan, routes=routes, **parts) as engine:  # type: ignore[arg-type]
         run = _Run(engine, settings)
         run.prefill()  # thrown away, for what is compiled and allocated in it
         cold, cold_traffic = run.typical_prefill(engine.empty_cache)
@@ -126,7 +129,7 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
         decode = engine.traffic.since(before)
         wasted = None if engine.wasted_bytes is None or wasted_before is None else engine.wasted_bytes - wasted_before
         reads = _read_bytes(manifest, engine)
-        note = engine.fallback or ""
+        note = engine.note or ("" if settings.copy_engine else "all copies by kernels")
         execution = engine.execution.partition("-")[0]
         in_use = torch.cuda.max_memory_reserved() if plan.device == "cuda" else None
     per_token = 1 / tokens

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +24,8 @@ from moeflow.model.execution import DeviceExecution, Execution, HostExecution
 from moeflow.model.kv import KvCache
 from moeflow.model.memory import device_of, refusal, release_memory
 from moeflow.model.routes import ForcedRoutes
+from moeflow.offload.copy_engine import copy_engine_mover
+from moeflow.offload.device import MakeMover
 from moeflow.offload.link import make_link
 from moeflow.offload.store import HostStore
 from moeflow.offload.traffic import Traffic
@@ -52,9 +54,11 @@ class Engine:
         launcher: Launcher | None = None,
         routes: Callable[[torch.device], ForcedRoutes] | None = None,
         store: HostStore | None = None,
+        mover: MakeMover | bool = True,
     ):
         """For benchmarks and tests: `launcher` runs kernels in place of CUDA; `routes` replaces the router's choice;
-        `store` holds the blobs already, and stays open."""
+        `store` holds the blobs already, and stays open; `mover` has copies brought by others than kernels, True by
+        the copy engine."""
         self.artifact = artifact
         self.plan = plan
         self.fallback: str | None = None
@@ -62,6 +66,7 @@ class Engine:
         self._carried = Traffic()
         self._launcher = launcher
         self._own_store = store is None
+        self._mover = mover
         self.stats = Statistics()
         """Of the last generation."""
         self.device = device_of(plan)
@@ -82,12 +87,17 @@ class Engine:
 
     def _build(self) -> Any:
         if self.plan.execution == "device":
+            execution = None
             try:
-                return self._bound(self._device_execution())
+                execution = self._device_execution()
+                return self._bound(execution)
             except torch.OutOfMemoryError:
                 raise
             except (DeviceError, RuntimeError) as error:  # capture has no error type of its own
                 self.fallback = f"host-driven instead of device-driven: {error}"
+                if execution is not None:
+                    execution.close()
+            del execution
             release_memory(self.device)  # the model that did not do lives on in reference cycles
         return self._bound(HostExecution(self.artifact.manifest, self.plan, self._link, self.device))
 
@@ -97,7 +107,10 @@ class Engine:
                 raise DeviceError("kernels need a CUDA device")
             self._launcher = cuda_launcher(self.device)
         manifest = self.artifact.manifest
-        return DeviceExecution(manifest, self.plan, self._store, self._link, self._launcher, self.device)
+        mover: MakeMover | None = None if isinstance(self._mover, bool) else self._mover
+        if self._mover is True and self.device.type == "cuda":
+            mover = partial(copy_engine_mover, self.device)
+        return DeviceExecution(manifest, self.plan, self._store, self._link, self._launcher, self.device, mover)
 
     def _bound(self, execution: Execution) -> Any:
         execution.runner.routes = self._routes
@@ -128,7 +141,12 @@ class Engine:
         guessing = self.plan.strategy == "full" and self.plan.prefetch.depth > 0
         if guessing and not self.guessing:
             return "prefetch is off: this family's router cannot be applied to another layer's hidden states"
-        return self.fallback or self._store.refused
+        execution = self._execution
+        return (
+            self.fallback
+            or self._store.refused
+            or (execution.problem if isinstance(execution, DeviceExecution) else None)
+        )
 
     @property
     def pinned(self) -> bool:
@@ -337,6 +355,8 @@ class Engine:
         self._link.close()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # kernels may still read the blobs
+        if isinstance(execution := getattr(self, "_execution", None), DeviceExecution):
+            execution.close()
         if self._own_store:
             self._store.close()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
 from moeflow.errors import DeviceError
 from moeflow.generation import Sampler, TokenStream
+from moeflow.offload.device import MakeMover
+from moeflow.offload.mover import Blobs, Mover
 from moeflow.pipeline import _plan_for
 
 emulator = pytest.importorskip("emulator.launcher")
@@ -26,6 +29,16 @@ pytestmark = pytest.mark.skipif(not emulator.available(), reason="no g++")
 # product. These models are 64 wide and random, which amplifies it: 38 prompts gave at most 4.1e-4 of the largest logit.
 BOUND = 1e-3
 NONE = {"experts": {"backend": "none"}, "attention": {"backend": "none"}}
+
+
+class Memory:
+    """Copies at once."""
+
+    def enter(self) -> None:
+        """Any thread may."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(target, source, nbytes)
 
 
 def hqq(bits: int, attention: int = 4) -> dict[str, object]:
@@ -47,10 +60,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return pack
 
 
-def load(artifact: Path, order: str = "forward", **overrides: object) -> Engine:
+def load(artifact: Path, order: str = "forward", mover: MakeMover | bool = True, **overrides: object) -> Engine:
     opened = Artifact.open(artifact)
     plan = _plan_for(opened, {"execution": "device", "context_length": 128, **overrides})
-    engine = Engine(opened, plan, launcher=emulator.EmulatedLauncher(order))
+    engine = Engine(opened, plan, launcher=emulator.EmulatedLauncher(order), mover=mover)
     assert engine.execution == "device-driven", engine.fallback
     return engine
 
@@ -122,6 +135,30 @@ def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callabl
     for number, setting in enumerate(settings):
         with load(artifact, ("forward", "reverse", "random")[number % 3], **setting) as engine:
             assert torch.equal(engine.logits(ids, chunk=1), expected), setting
+
+
+@pytest.mark.parametrize("order", ["forward", "random"])
+def test_copies_that_are_handed_over_change_no_bit(
+    tiny_checkpoint: Path, packed: Callable[..., Path], order: str
+) -> None:
+    artifact, ids = packed(tiny_checkpoint, hqq(4)), random_ids(20)
+    with load(artifact, experts_per_layer=2) as engine:
+        expected = engine.logits(ids, chunk=1)
+    movers: list[Mover] = []
+
+    def make(layers: Sequence[Blobs], jobs: int) -> Mover:
+        movers.append(Mover(Memory(), layers, jobs, torch.device("cpu"), head=0, least=1))
+        return movers[-1]
+
+    with load(artifact, order, make, experts_per_layer=2) as engine:
+        assert torch.equal(engine.logits(ids, chunk=1), expected)
+        engine.logits(random_ids(30))  # streams whole layers, which nobody hands over
+        assert torch.equal(engine.logits(ids, chunk=3), engine.logits(ids, chunk=3))
+        assert movers[0].moved_bytes > 0.9 * engine.traffic.missed_bytes > 0
+        assert engine.note is None
+        movers[0].problem = "the thread ended"
+        assert engine.note == "the thread ended"
+    assert not movers[0]._thread.is_alive()
 
 
 def test_greedy_tokens_are_the_hosts(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:

@@ -149,9 +149,14 @@ def test_a_graph_at_real_widths_computes_what_its_operations_do(gpu_file: Path, 
     wanted = profile.model_copy(update={"cache": profile.cache.model_copy(update={"experts_per_layer": 3})})
     plan = make_plan(wanted, ModelSizes.of_manifest(artifact.manifest), HardwareProfile.load(gpu_file))
     ids = torch.randint(32000, (150,)).tolist()
+    with Engine(artifact, plan, mover=False) as engine:
+        alone = engine.logits(ids, chunk=1)
     with Engine(artifact, plan) as engine:
         assert engine.execution == "device-driven", engine.fallback
-        replayed = [engine.logits(ids, chunk=1) for _ in range(3)]
+        replayed = [alone, *(engine.logits(ids, chunk=1) for _ in range(3))]
+        mover = engine._execution._cache.mover  # type: ignore[attr-defined]
+        assert mover is not None and mover.moved_bytes > 0.8 * engine.traffic.missed_bytes
+        assert engine.note is None
         single = engine._execution.steps.single  # type: ignore[attr-defined]
         graph, single._graph = single._graph, None
         expected = engine.logits(ids, chunk=1)

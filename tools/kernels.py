@@ -121,7 +121,7 @@ def copies(launcher: CudaLauncher, peak: float) -> None:
         for blocks in (COPY_BLOCKS, 2 * COPY_BLOCKS, 4 * COPY_BLOCKS):
             defines = {"GUESSES": 1, "WARPS": blocks * COPY_THREADS // 32}
             kernel = launcher.kernel("copy.cu", "copy", defines)
-            tables = (one, progress, 0, blob // PIECE, counters)
+            tables = (one, progress, 0, blob // PIECE, counters, None, None, None, 0)
             launch = partial(kernel, blocks, COPY_THREADS, host, pool, blob)
             each = seconds(lambda go=launch, rest=tables, js=jobs: [go(job, *rest) for job in js]) / count
             rate = blob / each

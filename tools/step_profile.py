@@ -16,13 +16,13 @@ from tracing import arguments, device_events, parts, table
 from moeflow.bench import Settings, _routes
 from moeflow.engine import Engine
 
-STEPS, WARM_UP, SHOWN = 4, 40, 90
+STEPS, WARM_UP, SHOWN = 4, 40, 120
 
 
 def main() -> None:
     given = arguments(k=8).parse_args()
     artifact, wanted, plan = parts(given)
-    settings = Settings(wanted, experts_per_layer=given.k, routing="uniform")
+    settings = Settings(wanted, experts_per_layer=given.k, routing=given.routing, recall=given.recall)
     begin = time.perf_counter()
     with Engine(artifact, plan, routes=_routes(artifact.manifest, plan, settings)) as engine:
         print(f"built in {time.perf_counter() - begin:.1f} s; {engine.execution}; {engine.fallback or ''}")

@@ -22,6 +22,7 @@ from moeflow.probe.environment import environment
 from moeflow.reporting import text
 from moeflow.schema import Benchmark, BenchmarkRow, HardwareProfile, Profile
 
+UNIFORM = {"routing": "uniform", "recall": 0.9}
 STALL = 900_000  # cycles a layer: the link then idles for a third of the time
 
 
@@ -35,17 +36,18 @@ class Rows:
     group: int = 64
     metadata: int = 16
     k: int = 4
-    settings: dict[str, Any] = field(default_factory=lambda: {"routing": "uniform", "recall": 0.9})
+    settings: dict[str, Any] = field(default_factory=lambda: dict(UNIFORM))
 
 
 SETS = {
     "uniform": Rows(
         "k = 4: link 0.90 of peak, 27 tokens/s; hits alone: memory 0.50, 300 tokens/s; rows in the paper's order",
-        settings={"routing": "uniform", "recall": 0.9, "rows": STRATEGIES, "all_hits": True},
+        settings={**UNIFORM, "rows": STRATEGIES, "all_hits": True},
     ),
+    "kernels": Rows("what kernels reach without the copy engine", settings={**UNIFORM, "copy_engine": False}),
     "stall": Rows(
         "where the link idles a third of the time, guesses gain 1.15",
-        settings={"routing": "uniform", "recall": 0.9, "rows": STRATEGIES[:2], "stall": STALL},
+        settings={**UNIFORM, "rows": STRATEGIES[:2], "stall": STALL},
     ),
     "paper-bits": Rows("22.2 tokens/s, six times the reference's 3.7", group=16, metadata=8),
     "qwen3": Rows(

@@ -23,6 +23,8 @@ def arguments(k: int) -> argparse.ArgumentParser:
     parser.add_argument("-k", type=int, default=k)
     parser.add_argument("--strategy", default="no-prefetch")
     parser.add_argument("--execution", default="auto")
+    parser.add_argument("--routing", default="uniform")
+    parser.add_argument("--recall", type=float, default=0.9)
     parser.add_argument("--rows", type=int, default=40)
     return parser
 

@@ -28,7 +28,7 @@ from moeflow.model.kv import GrowingKv, KvCache, StaticKv, cache_argument, make_
 from moeflow.model.linear import PackedLinear, merge, use_kernels
 from moeflow.model.steps import Steps
 from moeflow.offload.cache import ExpertCache
-from moeflow.offload.device import DeviceCache
+from moeflow.offload.device import DeviceCache, MakeMover
 from moeflow.offload.link import Link
 from moeflow.offload.store import HostStore
 from moeflow.offload.stream import LayerStream
@@ -102,20 +102,23 @@ class HostExecution:
 class DeviceExecution:
     """CUDA with all blobs in page-locked memory; under test also a CPU that emulates the kernels.
 
+    `mover` makes the thread that feeds the copy engine; None leaves all copies to kernels.
+
     Raises:
         DeviceError: the kernels cannot serve this model or this machine; the message says why.
     """
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, store: HostStore, link: Link, launcher: Launcher, device: torch.device
-    ):
+        self, manifest: Manifest, plan: Plan, store: HostStore, link: Link, launcher: Launcher, device: torch.device,
+        mover: MakeMover | None = None,
+    ):  # fmt: skip
         if reason := unsupported_layout(manifest):
             raise DeviceError(reason)
         if store.refused:
             raise DeviceError(store.refused)
         self._top_k = top_k = manifest.model.top_k
         sources = [store.address(layer) for layer in range(len(manifest.layers))]
-        self._cache = DeviceCache(manifest, plan, launcher, sources, device)
+        self._cache = DeviceCache(manifest, plan, launcher, sources, device, mover)
         if self._cache.most_choices < top_k:
             raise DeviceError(f"{plan.staging_slots} landing buffers; one step needs {top_k + self._cache.guesses}")
         dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -134,6 +137,16 @@ class DeviceExecution:
     def traffic(self) -> Traffic:
         """What the link carried since the start; waits for the device."""
         return self._cache.count(self._streamed)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the copy engine is not used as it was to be."""
+        return self._cache.mover.problem if self._cache.mover else self._cache.alone
+
+    def close(self) -> None:
+        """End the thread that feeds the copy engine; nothing may be under way."""
+        if self._cache.mover:
+            self._cache.mover.close()
 
     @property
     def wasted_bytes(self) -> int:
@@ -156,7 +169,9 @@ class DeviceExecution:
         most = max(1, min(MOST_TOKENS, self._cache.most_choices // self._top_k))
         runner, uncounted = self.runner, self._cache.uncounted
         active = self.fused.active
-        self.steps = Steps(model, self._kv, self._device, active, most, self._begin, uncounted, runner.reset)
+        self.steps = Steps(
+            model, self._kv, self._device, active, most, self._begin, uncounted, runner.reset, self._announce
+        )
         layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
         self.steps.single.learn(lambda: [merge(family, layers) for family in inputs.families()])
         self.steps.capture()
@@ -171,6 +186,11 @@ class DeviceExecution:
         self._kv.reset()
         if self.runner.routes is not None:
             self.runner.routes.rewind()
+
+    def _announce(self, replayed: bool) -> None:
+        """A step begins, as a graph or operation by operation."""
+        if self._cache.mover:
+            self._cache.mover.begin(hand_over=replayed or self._device.type != "cuda")
 
     def new_kv(self) -> KvCache:
         """An empty KV cache: the engine's one, taken from whoever had it."""

@@ -9,7 +9,7 @@ size, policy and guesses cannot change a single bit of the output.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.launcher import Launcher
+from moeflow.kernels.publish import Publisher
 from moeflow.kernels.unpack import Unpacker, Workspace
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.cache import ExpertCache
@@ -56,6 +57,9 @@ class ExpertRunner:
         self.dtype = dtype
         self._workspace = workspace
         self._unpackers: list[list[Unpacker]] | None = None
+        self._read: Callable[[Tensor], list[int]] = Tensor.tolist
+        if launcher is not None and isinstance(cache, DeviceCache):
+            self._read = Publisher(launcher, cache.device)
         if launcher is not None:
             self._unpackers = [[Unpacker(launcher, m, dtype) for m in y.matrices] for y in manifest.layouts]
         self._cached: Sequence[Mapping[int, Tensor]] | None = None  # as the pass under way found the cache
@@ -116,9 +120,9 @@ class ExpertRunner:
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """The chosen ids, flat, and guesses for later layers: one transfer from the device for both."""
         if self.predictor is None or not guess:
-            return index.flatten().tolist(), []
+            return self._read(index.flatten()), []
         guessed = self.predictor.guess(layer, hidden_states)
-        flat = torch.cat([index.flatten(), *(g.T.flatten() for g in guessed)]).tolist()  # first choices first
+        flat = self._read(torch.cat([index.flatten(), *(g.T.flatten() for g in guessed)]))  # first choices first
         guesses: dict[tuple[int, int], None] = {}
         start = index.numel()
         for ahead, ids in enumerate(guessed, start=1):

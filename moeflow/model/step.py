@@ -35,12 +35,15 @@ class DecodeStep:
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
         tokens: int = 1,
         begin: Callable[[], None] | None = None,
+        announce: Callable[[bool], None] = lambda _: None,
     ):
-        """`inside` surrounds every pass of the model; `begin` makes all that passes change as it was before any."""
+        """`inside` surrounds every pass of the model; `begin` makes all that passes change as it was before any;
+        `announce` is told before every `run` whether it is a replay."""
         self._model = model
         self._fixed = {"use_cache": True, cache_argument(model): cache}
         self._inside = inside
         self._begin = begin or cache.reset
+        self._announce = announce
         self._tokens = torch.zeros(1, tokens, dtype=torch.int64, device=device)
         self._offsets = torch.arange(tokens, device=device)[None]
         self._position = self._offsets.clone()
@@ -124,6 +127,7 @@ class DecodeStep:
 
     def run(self, ids: Sequence[int], position: int) -> Tensor:
         """Logits [T, V] after each of `ids`, the first at `position`, which is the cache's length."""
+        self._announce(self._graph is not None)
         for i, token in enumerate(ids):
             self._tokens[:, i].fill_(token)  # a copy from the host would wait for all that is under way
         torch.add(self._offsets, position, out=self._position)

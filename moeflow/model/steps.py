@@ -31,6 +31,7 @@ class Steps:
         begin: makes all that passes change as it was before any.
         aside: surrounds passes that are not to be counted.
         abandon: puts in order what a capture that failed has left.
+        announce: told before every pass that is computed whether it is a replay.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class Steps:
         begin: Callable[[], None],
         aside: Callable[[], AbstractContextManager[None]],
         abandon: Callable[[], None],
+        announce: Callable[[bool], None] = lambda _: None,
     ):
-        self._make = lambda tokens: DecodeStep(model, cache, device, inside, tokens, begin)
+        self._make = lambda tokens: DecodeStep(model, cache, device, inside, tokens, begin, announce)
         self._cache = cache
         self._room = cache.layers[0].max_cache_len
         self._captures = device.type == "cuda"

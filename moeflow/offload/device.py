@@ -8,19 +8,26 @@ of models: expert ids in, places of blobs out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from moeflow.errors import DeviceError
 from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Kernel, Launcher
+from moeflow.offload.mover import PIECE, Blobs, Mover
+from moeflow.offload.pools import Pool, Residents
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import Manifest, Plan
 
-__all__ = ["DeviceCache", "Found"]
+__all__ = ["DeviceCache", "Found", "MakeMover"]
+
+MakeMover = Callable[[Sequence[Blobs], int], Mover | None]
+"""A mover for layers' blobs and so many copies a layer at most; None where kernels are as fast."""
 
 # Four blocks of 16 warps fill PCIe 5 x16 from huge pages (50.6 GB/s of the copy engine's 51.5), eight also from small
 # ones (47.4 instead of 35.2 over 12 GiB); more slow the products beside them.
@@ -28,8 +35,8 @@ COPY_BLOCKS, COPY_THREADS = 8, 512
 WARPS = COPY_BLOCKS * COPY_THREADS // 32
 LOCAL_BLOCKS = 256  # within the device: two a multiprocessor keep its memory busy
 LOCAL_WARPS = LOCAL_BLOCKS * COPY_THREADS // 32
-PIECE = 4096  # bytes; copy.cu's, and what every blob is a multiple of
 STATE = 8  # integers of a layer; cache.cu's
+ALONE = (None, None, None, 0)  # of copy.cu's `copy`: nothing is handed over
 
 
 @dataclass(frozen=True)
@@ -46,36 +53,6 @@ class Found:
     """For several tokens: the distinct experts' buffers, and which choices each serves."""
 
 
-class _Blobs(Mapping[int, Tensor]):
-    """Experts and their blobs. A view is made when it is asked for: a layer may have hundreds."""
-
-    def __init__(self, memory: Tensor, places: dict[int, int]):
-        self._memory, self._places = memory, places
-
-    def __getitem__(self, expert: int) -> Tensor:
-        return self._memory[self._places[expert]]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-class _Class:
-    """The buffers of one blob size, and the ring of those that are free."""
-
-    def __init__(self, count: int, nbytes: int, device: torch.device):
-        self.memory = torch.empty(count, nbytes, dtype=torch.uint8, device=device)  # [B, blob bytes]
-        self.ring = torch.empty(count, dtype=torch.int32, device=device)
-        self.state = torch.empty(2, dtype=torch.int32, device=device)
-        self.reset()
-
-    def reset(self) -> None:
-        self.ring.copy_(torch.arange(len(self.ring), dtype=torch.int32))
-        self.state.copy_(torch.tensor([0, len(self.ring)], dtype=torch.int32))
-
-
 class DeviceCache:
     """Serves experts from slots and starts the copies of what is missing.
 
@@ -85,11 +62,13 @@ class DeviceCache:
         launcher: runs the kernels.
         sources: address of each layer's first blob in page-locked memory, as the device sees it.
         device: where the slots are.
+        mover: makes what has large copies brought by the copy engine; None leaves them all to kernels.
     """
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, launcher: Launcher, sources: Sequence[int], device: torch.device
-    ):
+        self, manifest: Manifest, plan: Plan, launcher: Launcher, sources: Sequence[int], device: torch.device,
+        mover: MakeMover | None = None,
+    ):  # fmt: skip
         self._manifest = manifest
         self._launcher = launcher
         self._sources = sources
@@ -103,7 +82,7 @@ class DeviceCache:
         counts = dict.fromkeys(range(len(manifest.layouts)), plan.staging_slots)
         for entry, slots in zip(manifest.layers, plan.cache_slots, strict=True):
             counts[entry.layout] += slots
-        self._classes = {i: _Class(n, manifest.layouts[i].nbytes, device) for i, n in counts.items()}
+        self._classes = {i: Pool(n, manifest.layouts[i].nbytes, device) for i, n in counts.items()}
         self._quotas = plan.cache_slots
 
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -128,6 +107,16 @@ class DeviceCache:
         self._asked = torch.zeros(layers, experts, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._experts = experts
         self._gate_up_pieces = [self._split(i) for i in range(layers)]
+        self.mover: Mover | None = None
+        self.alone: str | None = None
+        """Why there is no mover although there was to be one."""
+        try:
+            scarce = any(n < entry.experts for n, entry in zip(plan.cache_slots, manifest.layers, strict=True))
+            self.mover = mover([self._blobs(i) for i in range(layers)], most) if mover and scarce else None
+        except DeviceError as error:
+            self.alone = f"kernels copy what the copy engine could, a tenth slower: {error}"
+        if self.mover:
+            weakref.finalize(self, self.mover.close)
         self.reset()
 
     def _split(self, layer: int) -> int:
@@ -135,8 +124,14 @@ class DeviceCache:
         down = self._manifest.layout_of(layer).matrices[1]
         return -(-min(s.offset for s in down.segments) // PIECE)
 
+    def _blobs(self, layer: int) -> Blobs:
+        memory = self._pool(layer).memory
+        return Blobs(self._sources[layer], memory.data_ptr(), memory.shape[1], self._gate_up_pieces[layer])
+
     def reset(self) -> None:
         """Start with a cold cache; nothing may be under way."""
+        if self.mover:
+            self.mover.reset()
         self._buffers.fill_(-1)
         self._guesses.fill_(-1)
         for table in (self._stamps, self._counts, self._state, self._progress):
@@ -183,10 +178,22 @@ class DeviceCache:
         pool = self._pool(layer)
         split, pieces = self._gate_up_pieces[layer], pool.memory.shape[1] // PIECE
         first, last = (0, split) if half == 0 else (split, pieces)
+        mover = self.mover
+        if mover and half == 0:
+            self._hand_over(mover, layer, split, pieces)
+        handed = (mover.shares, mover.desk, mover.post, mover.patience) if mover else ALONE
         self._kernel("copy.cu", "copy", follows=half)(
             (COPY_BLOCKS, 1, 1), COPY_THREADS, self._sources[layer], pool.memory, pool.memory.shape[1],
             self._jobs[layer], self._job_count[layer : layer + 1], self._progress[layer], first, last,
-            self._bytes[layer],
+            self._bytes[layer], *handed,
+        )  # fmt: skip
+
+    def _hand_over(self, mover: Mover, layer: int, split: int, pieces: int) -> None:
+        """Let the copy engine have its share of the layer's copies."""
+        ends = int(layer == len(self._gate_up_pieces) - 1)
+        self._kernel("hand_over.cu", "hand_over")(
+            1, 32, self._jobs[layer], self._job_count[layer : layer + 1], self._progress[layer], split, pieces, layer,
+            ends, mover.head, mover.least, mover.desk, mover.shares, mover.post, mover.opened, self._bytes[layer],
         )  # fmt: skip
 
     def guess(self, layer: int, ids: Tensor) -> None:
@@ -215,7 +222,7 @@ class DeviceCache:
     def residents(self) -> list[Mapping[int, Tensor]]:
         """`resident` of every layer, read back at once."""
         tables = enumerate(self._buffers.tolist())
-        return [_Blobs(self._pool(i).memory, {e: b for e, b in enumerate(table) if b >= 0}) for i, table in tables]
+        return [Residents(self._pool(i).memory, {e: b for e, b in enumerate(table) if b >= 0}) for i, table in tables]
 
     def warm(self, layer: int, recent: Sequence[tuple[int, Tensor]]) -> None:
         """After prefill: keep the experts used last.
@@ -242,7 +249,7 @@ class DeviceCache:
         for source in sources:
             self._kernel("copy.cu", "copy", LOCAL_WARPS)(
                 LOCAL_BLOCKS, COPY_THREADS, source, memory, memory.shape[1], self._warm_jobs, self._warm_count,
-                self._warm_progress, 0, memory.shape[1] // PIECE, self._unseen,
+                self._warm_progress, 0, memory.shape[1] // PIECE, self._unseen, *ALONE,
             )  # fmt: skip
 
     @contextmanager
@@ -270,7 +277,7 @@ class DeviceCache:
         _, guessed, used = self._bytes.sum(0).tolist()
         return int(guessed - used)
 
-    def _pool(self, layer: int) -> _Class:
+    def _pool(self, layer: int) -> Pool:
         return self._classes[self._manifest.layers[layer].layout]
 
     def _kernel(self, source: str, name: str, warps: int = WARPS, follows: int = 0) -> Kernel:

@@ -1,5 +1,6 @@
 // The emulator's version of what primitives.cuh says in PTX: the same names, rounded the same.
 #pragma once
+#include <time.h>
 
 inline int dp4a_us(unsigned a, int b, int c) {
     unsigned sum = (unsigned)c;   // wraps, as on the device
@@ -84,6 +85,11 @@ inline uint4 load_host(const uint4* p) { return *p; }
 inline int load_volatile(const int* p) {
     emulator::spin();
     return *(const volatile int*)p;
+}
+inline long long nanoseconds() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 inline void store_volatile(int* p, int value) {
     emulator::preempt();

@@ -62,4 +62,6 @@ def test_every_source_compiles(arch: int) -> None:
         tables = {"EXPERTS": 128, "GUESSES": 8, "WARPS": 64, "LFU": lfu}
         assert compile_cubin("cache.cu", tables, arch)
         assert compile_cubin("copy.cu", tables, arch)
+        assert compile_cubin("hand_over.cu", tables, arch)
+    assert compile_cubin("publish.cu", {}, arch)
     assert {path.name for path in SOURCE.glob("*.cu")} >= {"gemv.cu", "activation.cu", "cache.cu", "copy.cu"}

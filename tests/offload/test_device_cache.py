@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeflow.offload.device import PIECE, WARPS, DeviceCache
+from moeflow.offload.device import PIECE, WARPS, DeviceCache, MakeMover
 from moeflow.offload.policy import make_policy
 from moeflow.offload.traffic import Traffic
 
@@ -29,6 +29,7 @@ def make(
     policy: str = "lru",
     order: str = "forward",
     pieces: int = 5,
+    mover: MakeMover | None = None,
 ) -> tuple[DeviceCache, torch.Tensor]:
     """A cache over random blobs; the second result is host memory [layers, experts, bytes]."""
     nbytes = pieces * PIECE
@@ -43,7 +44,7 @@ def make(
     )  # fmt: skip
     host = torch.randint(256, (layers, experts, nbytes), dtype=torch.uint8)
     launcher = emulator.EmulatedLauncher(order, seed=random.randrange(1 << 30))
-    return DeviceCache(manifest, plan, launcher, [host[i].data_ptr() for i in range(layers)], CPU), host
+    return DeviceCache(manifest, plan, launcher, [host[i].data_ptr() for i in range(layers)], CPU, mover), host
 
 
 class Oracle:

@@ -149,7 +149,6 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
     const int lane = threadIdx.x, n = (int)n_;
     __shared__ int layer[STATE], ends[2], guessed[2 * GUESSES];
     const Ring ring = {ring_buffers, ends, (int)ring_capacity};
-    if (lane == 0) store_volatile(stop, 1);
     // All that is read comes at once: one wait for memory instead of five.
     const int first = lane < n ? (int)chosen[lane] : -1;
     if (lane < STATE) layer[lane] = layer_[lane];
@@ -164,6 +163,7 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
         place[e] = -1;
     }
     __syncwarp(0xFFFFFFFFu);
+    if (lane == 0) store_volatile(stop, 1);   // not before: guesses go on while the tables come, and end in the time left
     if (first >= 0) needed[first] = 1;
     for (int i = lane + 32; i < n; i += 32) needed[chosen[i]] = 1;
     __syncwarp(0xFFFFFFFFu);

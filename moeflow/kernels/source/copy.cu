@@ -7,9 +7,9 @@
 //
 // WARPS: of the whole grid, the same in every launch. FOLLOWS: 1 for a launch right behind one for other pieces of the same
 // jobs: it may begin while that one's last pieces are on their way, so that the link does not run dry in between.
+#include "desk.cuh"
 #include "primitives.cuh"
 
-constexpr int PIECE = 4096;
 constexpr int ENDING = 2;   // pieces of a warp: a few microseconds on any link
 
 enum { MOVED, GUESSED_BYTES, USED_BYTES };   // counters of bytes
@@ -25,26 +25,50 @@ __device__ __forceinline__ void move(const char* source, char* target, int lane)
     for (int i = 0; i < LOADS; i++) to[32 * i] = v[i];
 }
 
+// Whether what the copy engine was to bring is here. Where it is not after `patience` nanoseconds, the kernels take it back,
+// and all that would be handed over from now on: a thread that was stopped must not stop the device.
+__device__ bool arrived(int half, int handed, int* desk, int* post, long long patience) {
+    const long long begin = nanoseconds();
+    while (load_volatile(desk + ARRIVED + half) - handed < 0) {
+        if (load_volatile(desk + ALONE)) return false;
+        if (nanoseconds() - begin > patience) {
+            store_volatile(desk + ALONE, 1);
+            store_volatile(post + TAKEN_BACK, handed);
+            __threadfence_system();
+            return false;
+        }
+        __nanosleep(200);
+    }
+    return true;
+}
+
 // The pieces [first, last) of every job's blob. source: of the layer's expert 0; nbytes: of a blob; jobs as `lookup` left
-// them; progress [GUESSES, WARPS]: pieces of each guess that a warp has moved.
+// them; progress [GUESSES, WARPS]: pieces of each guess that a warp has moved. shares, desk, post: what `hand_over` gave to
+// the copy engine, which is waited for; null where there is none.
 // Two blocks a multiprocessor: unrolled, the loop took 108 registers a thread, and a block waited for one without others.
 extern "C" __global__ void __launch_bounds__(512, 2)
 copy(const char* source, char* pool, long long nbytes, const int* jobs, const int* job_count, const int* progress,
-     long long first, long long last, long long* counters) {
+     long long first, long long last, long long* counters, const int* shares, int* desk, int* post, long long patience) {
     const int lane = threadIdx.x & 31;
     const int warp = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
     const int count = *job_count;
     long long moved = 0, spared = 0;
+    int turn = 0;
     for (int j = 0; j < count; j++) {
         const int guess = jobs[3 * j + 2];
         const char* from = source + jobs[3 * j] * nbytes;
         char* to = pool + jobs[3 * j + 1] * nbytes;
         const int done = guess < 0 ? 0 : progress[guess * WARPS + warp];
+        const long long end = shares ? min(last, (long long)shares[j]) : last;
         long long p = warp + (long long)done * WARPS;
         if (first == 0) spared += done;
         if (p < first) p += (first - p + WARPS - 1) / WARPS * WARPS;
+        if (guess < 0) {   // the first warp is the one after the last job's last: small blobs are uneven rounds
+            p = first + (warp + WARPS - turn) % WARPS;
+            if (end > first) turn = (turn + (int)(end - first)) % WARPS;
+        }
 #pragma unroll 1
-        for (; p < last; p += WARPS, moved++) {
+        for (; p < end; p += WARPS, moved++) {
             if (j == count - 1 && p + ENDING * WARPS >= last) let_next_begin();
             move<PIECE / 512>(from + p * PIECE, to + p * PIECE, lane);
         }
@@ -52,6 +76,15 @@ copy(const char* source, char* pool, long long nbytes, const int* jobs, const in
     if (lane == 0) {
         if (moved) atomicAdd((unsigned long long*)counters + MOVED, (unsigned long long)(moved * PIECE));
         if (spared) atomicAdd((unsigned long long*)counters + USED_BYTES, (unsigned long long)(spared * PIECE));
+    }
+    if (!desk || !desk[HANDED]) return;
+    const bool here = lane || arrived(first != 0, desk[HANDED], desk, post, patience);
+    if (__all_sync(0xFFFFFFFFu, here)) return;
+    for (int j = 0; j < count; j++) {
+        const long long begin = max(first, (long long)shares[j]);
+#pragma unroll 1
+        for (long long p = begin + (warp + WARPS - begin % WARPS) % WARPS; p < last; p += WARPS)
+            move<PIECE / 512>(source + jobs[3 * j] * nbytes + p * PIECE, pool + jobs[3 * j + 1] * nbytes + p * PIECE, lane);
     }
 }
 

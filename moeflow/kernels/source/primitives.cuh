@@ -118,6 +118,13 @@ __device__ __forceinline__ uint4 load_host(const uint4* p) {
 __device__ __forceinline__ int load_volatile(const int* p) { return *(const volatile int*)p; }
 __device__ __forceinline__ void store_volatile(int* p, int value) { *(volatile int*)p = value; }
 
+// A clock that runs on while nothing does, in steps of up to a microsecond.
+__device__ __forceinline__ long long nanoseconds() {
+    long long t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+
 #endif
 
 // A sum and a product that the compiler may not fuse into one rounding.

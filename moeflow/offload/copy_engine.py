@@ -1,0 +1,67 @@
+"""The device's copy engine, called without Python's lock and without torch: from host memory to the device, in order.
+
+The driver's library is called directly, since whoever feeds the engine has microseconds: a copy through torch takes
+ten, one through ctypes three. It decides nothing; `offload.mover` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from moeflow.errors import DeviceError
+from moeflow.offload.mover import Blobs, Mover, pays
+
+__all__ = ["CopyEngine", "copy_engine_mover"]
+
+
+def copy_engine_mover(device: torch.device, layers: Sequence[Blobs], jobs: int) -> Mover | None:
+    """A mover that feeds the device's copy engine, where that is faster than kernels.
+
+    Raises:
+        DeviceError: it would be, but cannot be fed on this system.
+    """
+    return Mover(CopyEngine(device), layers, jobs, device) if pays(layers) else None
+
+
+class CopyEngine:
+    """A stream of its own on a CUDA device.
+
+    Raises:
+        DeviceError: the driver's library is not where it is looked for.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        try:
+            library = ctypes.CDLL("libcuda.so.1")
+            self._copy, self._set, current = (
+                library.cuMemcpyHtoDAsync_v2, library.cuCtxSetCurrent, library.cuCtxGetCurrent
+            )  # fmt: skip
+        except (OSError, AttributeError) as error:
+            raise DeviceError(f"the copy engine cannot be fed: {error}") from error
+        self._copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        self._set.argtypes = [ctypes.c_void_p]
+        self._context = ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # there is a context from here on
+            self._check(current(ctypes.byref(self._context)))
+
+    def enter(self) -> None:
+        """Make the calling thread one that may copy."""
+        self._check(self._set(self._context))
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Start a copy from page-locked host memory to the device, behind those started before.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        self._check(self._copy(target, source, nbytes, self._stream.cuda_stream))
+
+    @staticmethod
+    def _check(code: int) -> None:
+        if code:
+            raise DeviceError(f"the copy engine cannot be fed: CUDA error {code}")
