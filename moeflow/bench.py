@@ -17,8 +17,10 @@ import psutil
 import torch
 
 from moeflow.artifact.reader import Artifact
+from moeflow.decoding import decode
 from moeflow.engine import Engine
 from moeflow.errors import UsageError
+from moeflow.generation import Passes, Sampler
 from moeflow.kernels.launcher import Launcher
 from moeflow.model.memory import release_memory
 from moeflow.model.routes import ForcedRoutes
@@ -232,14 +234,14 @@ class _Run:
         self._engine = engine
         self._prompt = np.random.default_rng(settings.seed).integers(0, engine.vocabulary, settings.prompt).tolist()
         self._session = engine.session()
-        self._token = 0
 
     def prefill(self) -> tuple[float, Traffic]:
         """Seconds to the first token, and what the link carried for it."""
         self._session = self._engine.session()
         before = self._engine.traffic  # waits for the device
         begin = time.perf_counter()
-        self._token = int(self._session.prefill(self._prompt).argmax())
+        self._choice = self._engine.choice(Sampler(0.0)(self._session.prefill(self._prompt)))
+        self._choice.read()
         seconds = time.perf_counter() - begin
         return seconds, self._engine.traffic.since(before)
 
@@ -254,6 +256,8 @@ class _Run:
     def decode(self, tokens: int) -> float:
         """Seconds for so many tokens; each is read by the host, as text needs it."""
         begin = time.perf_counter()
-        for _ in range(tokens):
-            self._token = int(self._session.step(self._token).argmax())
+        passes = Passes(self._engine, self._session, Sampler(0.0))
+        for choice in decode(passes.advance, self._choice, tokens, passes.ahead):
+            choice.read()
+            self._choice = choice
         return time.perf_counter() - begin

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from moeflow.artifact.reader import Artifact
-from moeflow.errors import CapacityError, DeviceError, UsageError
+from moeflow.assembly import Parts, assemble
+from moeflow.decoding import Choice
+from moeflow.errors import CapacityError, UsageError
 from moeflow.generation import Generation, Sampler, Session, Statistics, TokenStream
-from moeflow.kernels.launcher import Launcher, cuda_launcher
-from moeflow.model.build import build_model
-from moeflow.model.execution import DeviceExecution, Execution, HostExecution
+from moeflow.kernels.launcher import Launcher
+from moeflow.model.execution import DeviceExecution
 from moeflow.model.kv import KvCache
 from moeflow.model.memory import device_of, refusal, release_memory
 from moeflow.model.routes import ForcedRoutes
-from moeflow.offload.copy_engine import copy_engine_mover
 from moeflow.offload.device import MakeMover
 from moeflow.offload.link import make_link
 from moeflow.offload.store import HostStore
@@ -64,9 +64,7 @@ class Engine:
         self.fallback: str | None = None
         """Why the engine is host-driven although the plan is not; None where it does as planned."""
         self._carried = Traffic()
-        self._launcher = launcher
         self._own_store = store is None
-        self._mover = mover
         self.stats = Statistics()
         """Of the last generation."""
         self.device = device_of(plan)
@@ -74,52 +72,18 @@ class Engine:
         artifact.check_resident()
         self._text = TextCodec(artifact.directory)
         self._model: Any = None
-        self._routes = routes(self.device) if routes else None
         self._store = store or HostStore(artifact, plan.ram_experts, pin=plan.device == "cuda", progress=progress)
         self._link = make_link(self._store, self.device)
+        forced = routes(self.device) if routes else None
+        parts = Parts(artifact, plan, self._store, self._link, self.device, launcher, forced, mover)
         try:
-            self._model = self._build()
+            made = assemble(parts)
+            self._execution, self._model, self.fallback = made.execution, made.model, made.fallback
         except torch.OutOfMemoryError as error:
             raise CapacityError(refusal(plan)) from error
         finally:
             if self._model is None:
                 self._release()
-
-    def _build(self) -> Any:
-        if self.plan.execution == "device":
-            execution = None
-            try:
-                execution = self._device_execution()
-                return self._bound(execution)
-            except torch.OutOfMemoryError:
-                raise
-            except (DeviceError, RuntimeError) as error:  # capture has no error type of its own
-                self.fallback = f"host-driven instead of device-driven: {error}"
-                if execution is not None:
-                    execution.close()
-            del execution
-            release_memory(self.device)  # the model that did not do lives on in reference cycles
-        return self._bound(HostExecution(self.artifact.manifest, self.plan, self._link, self.device))
-
-    def _device_execution(self) -> DeviceExecution:
-        if self._launcher is None:
-            if self.device.type != "cuda":
-                raise DeviceError("kernels need a CUDA device")
-            self._launcher = cuda_launcher(self.device)
-        manifest = self.artifact.manifest
-        mover: MakeMover | None = None if isinstance(self._mover, bool) else self._mover
-        if self._mover is True and self.device.type == "cuda":
-            mover = partial(copy_engine_mover, self.device)
-        return DeviceExecution(manifest, self.plan, self._store, self._link, self._launcher, self.device, mover)
-
-    def _bound(self, execution: Execution) -> Any:
-        execution.runner.routes = self._routes
-        model = build_model(self.artifact, self.plan, execution.runner, self.device)
-        if self._routes is not None and self._routes.guesses and execution.runner.predictor is not None:
-            execution.runner.predictor = self._routes
-        execution.bind(model)
-        self._execution = execution
-        return model
 
     @property
     def execution(self) -> str:
@@ -183,12 +147,21 @@ class Engine:
         """An empty KV cache for `forward`. A device-driven engine has one: whoever had it before loses it."""
         return self._execution.new_kv()
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a pass can begin on a token that the host has not read."""
+        return self.execution == "device-driven" and self.device.type == "cuda"
+
+    def choice(self, token: Tensor) -> Choice:
+        """A token [1] that was chosen from logits, and will be read."""
+        return Choice(token, self._execution.send(token))
+
     @torch.inference_mode()
-    def forward(self, ids: Sequence[int], cache: Any, last: int = 0) -> Tensor:
+    def forward(self, ids: Sequence[int] | Tensor, cache: Any, last: int = 0) -> Tensor:
         """Run tokens that follow those in `cache`, and append them to it.
 
         Args:
-            ids: token ids.
+            ids: token ids; a single one may be a Tensor [1] on the engine's device.
             cache: from `new_cache`.
             last: how many positions to give logits for; 0 is all.
 

@@ -1,6 +1,7 @@
 """From logits to text: sampling, stopping, streaming, and the statistics of a run.
 
-Sampling is done by transformers' own warpers where the logits are, so that only the chosen token is read back; a seed
+Sampling is done by transformers' own warpers where the logits are, so that only the chosen token is read back, and on a
+GPU the next pass begins before it is; a seed
 repeats a text on the same kind of device. It does not know how logits are computed.
 """
 
@@ -8,20 +9,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from moeflow.decoding import Choice, decode
 from moeflow.errors import UsageError
 from moeflow.offload.traffic import Traffic
 
 if TYPE_CHECKING:
     from moeflow.engine import Engine
 
-__all__ = ["Generation", "Sampler", "Session", "Statistics", "TokenStream"]
+__all__ = ["Generation", "Passes", "Sampler", "Session", "Statistics", "TokenStream"]
 
 
 COLDEST = 1e-5  # below this temperature scores overflow float32, and the likeliest token is certain anyway
@@ -36,9 +39,11 @@ class Statistics:
     time_to_first_token: float = 0.0
     """Seconds of prefill and the first choice."""
     decode_steps: int = 0
-    """Passes after prefill: one for each token but the first, and for the end-of-text token if it came."""
+    """Passes after prefill: one for each token but the first, and for the end-of-text token if it came; where the
+    device runs ahead, also the one after that."""
     decode_seconds: float = 0.0
-    """Seconds of these passes and the choices after them, not of whoever consumes the tokens."""
+    """Seconds of these passes and the choices after them, not of whoever consumes the tokens; where the device runs
+    ahead, by its clock."""
     prefill: Traffic = field(default_factory=Traffic)
     decode: Traffic = field(default_factory=Traffic)
 
@@ -113,10 +118,10 @@ class Sampler:
             top_p = defaults.top_p if top_p is None else top_p
         return cls(temperature, top_k, top_p, seed)
 
-    def __call__(self, logits: Tensor) -> int:
-        """Choose from logits [V]."""
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Choose from logits [V]; int64 [1], where they are."""
         if self.greedy:
-            return int(logits.argmax())
+            return logits.argmax(dim=-1, keepdim=True)
         if self._random is None or self._random.device != logits.device:
             self._random = torch.Generator(logits.device)
             if self._seed is None:
@@ -124,7 +129,7 @@ class Sampler:
             else:
                 self._random.manual_seed(self._seed)
         scores = self._warpers(None, logits.float().unsqueeze(0))
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
+        return torch.multinomial(scores.softmax(-1), 1, generator=self._random).view(1)
 
 
 class Session:
@@ -132,19 +137,26 @@ class Session:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._ids: list[int] = []
+        self._ids: list[int | Choice] = []  # choices: perhaps not read yet
         self._cache = engine.new_cache()
 
     def _renew(self) -> None:
         """Start with an empty cache, for lack of one that still holds the tokens."""
         self._ids, self._cache = [], self._engine.new_cache()
 
+    def settle(self) -> list[int]:
+        """The tokens in the cache; waits for those that nobody has read."""
+        ids = [entry.read() if isinstance(entry, Choice) else entry for entry in self._ids]
+        self._ids = list(ids)
+        return ids
+
     def prefill(self, prompt: list[int]) -> Tensor:
         """Logits [V] after `prompt`, computing only what differs from the tokens already there."""
         if self._cache.stale:
             self._renew()
+        ids = self.settle()
         kept = 0
-        while kept < min(len(self._ids), len(prompt) - 1) and self._ids[kept] == prompt[kept]:
+        while kept < min(len(ids), len(prompt) - 1) and ids[kept] == prompt[kept]:
             kept += 1
         if self._cache.crop(kept):
             del self._ids[kept:]
@@ -153,15 +165,17 @@ class Session:
             kept = 0
         return self._run(prompt[kept:], self._engine.prefill)
 
-    def step(self, token: int) -> Tensor:
+    def step(self, token: int | Choice) -> Tensor:
         """Logits [V] after one more token."""
         if self._cache.stale:  # another session was begun on this engine meanwhile
-            ids = self._ids
+            ids = [*self.settle(), token.read() if isinstance(token, Choice) else token]
             self._renew()
-            return self._run([*ids, token], self._engine.prefill)
+            return self._run(ids, self._engine.prefill)
+        if isinstance(token, Choice):
+            return self._run([token], lambda _, cache: self._engine.forward(token.token, cache)[-1])
         return self._run([token], lambda ids, cache: self._engine.forward(ids, cache)[-1])
 
-    def _run(self, ids: list[int], compute: Callable[[list[int], Any], Tensor]) -> Tensor:
+    def _run(self, ids: Sequence[int | Choice], compute: Callable[[Any, Any], Tensor]) -> Tensor:
         try:
             logits = compute(ids, self._cache)
         except BaseException:  # some layers may hold the tokens and some not
@@ -193,22 +207,73 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[int]:
         """Yield ids as they are chosen, the stop token not included."""
-        stats = self.stats
-        before = self._engine.traffic
+        stats, engine = self.stats, self._engine
+        before = engine.traffic
         begin = time.perf_counter()
-        token = self._sampler(self._session.prefill(self.prompt))
+        choice = engine.choice(self._sampler(self._session.prefill(self.prompt)))
+        token = choice.read()
         stats.time_to_first_token = time.perf_counter() - begin
-        after = self._engine.traffic
+        after = engine.traffic
         stats.prefill = after.since(before)
+        passes = Passes(engine, self._session, self._sampler)
+        following = decode(passes.advance, choice, self._max_new_tokens - 1, passes.ahead)
         try:
             while token not in self._stop:
                 stats.new_tokens += 1
                 yield token
                 if stats.new_tokens == self._max_new_tokens:
                     return
-                begin = time.perf_counter()
-                token = self._sampler(self._session.step(token))
-                stats.decode_steps += 1
-                stats.decode_seconds += time.perf_counter() - begin
+                with passes.waiting():
+                    token = next(following).read()
         finally:  # once, at the end: asking a device for its counters in between would hold it up
-            stats.decode = self._engine.traffic.since(after)
+            self._session.settle()
+            stats.decode_steps, stats.decode_seconds = passes.count, passes.seconds()
+            stats.decode = engine.traffic.since(after)
+
+
+class Passes:
+    """Decoding passes of one session, counted and timed."""
+
+    def __init__(self, engine: Engine, session: Session, sampler: Sampler):
+        self._engine = engine
+        self._session = session
+        self._sampler = sampler
+        self._waited = 0.0
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._last: Choice | None = None
+        self.ahead = engine.runs_ahead
+        """Whether a pass begins before the token that it is for is read."""
+        self._timed = self.ahead and engine.device.type == "cuda"
+        self.count = 0
+
+    def advance(self, choice: Choice) -> Choice:
+        """A pass over a choice, to the next one."""
+        begin = self._mark()
+        token = self._sampler(self._session.step(choice))
+        self.count += 1
+        if begin is not None and (end := self._mark()) is not None:
+            self._marks.append((begin, end))
+        self._last = self._engine.choice(token)
+        return self._last
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time of passes is spent inside, where the device does not measure it."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    def seconds(self) -> float:
+        """Of all passes; waits for them to end."""
+        if self._last is not None:
+            self._last.read()
+        if not self._timed:
+            return self._waited
+        return sum(begin.elapsed_time(end) for begin, end in self._marks) / 1e3
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._timed:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

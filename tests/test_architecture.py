@@ -21,6 +21,7 @@ LAYERS = [
     {"artifact", "probe"},
     {"offload"},
     {"model", "planning"},
+    {"assembly", "decoding"},
     {"generation", "text"},
     {"engine"},
     {"bench", "pipeline"},

@@ -166,13 +166,57 @@ def test_greedy_tokens_are_the_hosts(tiny_checkpoint: Path, packed: Callable[...
     with moeflow.load(artifact, execution="host") as engine:
         assert engine.execution == "host-driven"
         expected = engine.generate(ids, max_new_tokens=24, temperature=0).ids
+    model = dequantized_model(artifact)
     with load(artifact, experts_per_layer=3) as engine:
-        assert engine.generate(ids, max_new_tokens=24, temperature=0).ids == expected
-        assert engine.generate(ids, max_new_tokens=24, temperature=0).ids == expected  # a used engine, and cache
+        found = engine.generate(ids, max_new_tokens=24, temperature=0).ids
+        assert engine.generate(ids, max_new_tokens=24, temperature=0).ids == found  # a used engine, and cache
         stats = engine.stats
+        assert_same_until_a_tie(found, expected, ids, model)
     assert stats.decode.uses == 2 * 2 * stats.decode_steps  # layers, top-k
     assert stats.decode.hits and stats.decode.misses and stats.decode.guesses_used
-    assert expected == tuple(greedy_of(dequantized_model(artifact), ids, 24)) or len(expected) < 24
+    if len(expected) == 24:
+        assert_same_until_a_tie(expected, tuple(greedy_of(model, ids, 24)), ids, model)
+
+
+def assert_same_until_a_tie(
+    found: tuple[int, ...], expected: tuple[int, ...], prompt: list[int], model: torch.nn.Module
+) -> None:
+    """The same tokens, or the first difference is between two whose logits rounding may exchange."""
+    for i, (one, other) in enumerate(zip(found, expected, strict=False)):
+        if one != other:
+            logits = logits_of(model, [*prompt, *found[:i]])[-1]
+            gap = float((logits[one] - logits[other]).abs() / logits.abs().max())
+            assert gap <= 2 * BOUND, f"token {i} differs, and the logits by {gap:.1e} of the largest"
+            return
+    assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize("most", [1, 2, 12])
+def test_a_device_that_runs_ahead_gives_the_same_text(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    ids = random_ids(10)
+    with load(tiny_artifact) as engine:
+        expected = engine.generate(ids, max_new_tokens=most, temperature=0).ids
+        sampled = engine.generate(ids, max_new_tokens=most, temperature=1, seed=3).ids
+        monkeypatch.setattr(Engine, "runs_ahead", True)
+        session = engine.session()
+        assert engine.generate(ids, max_new_tokens=most, temperature=0, session=session).ids == expected
+        assert engine.stats.decode_steps == len(expected) - 1
+        assert session.settle() == [*ids, *expected[:-1]]
+        assert engine.generate(ids, max_new_tokens=most, temperature=1, seed=3).ids == sampled
+        if most > 4:
+            stop = expected[3]
+            stream = TokenStream(engine, ids, most, Sampler(0.0), {stop})
+            assert list(stream) == list(expected[: expected.index(stop)])
+            assert stream.stats.decode_steps == expected.index(stop) + 1  # one in vain
+            assert stream.stats.decode.uses == 2 * 2 * stream.stats.decode_steps
+            again = engine.generate([*ids, *expected[:3], 5], max_new_tokens=4, temperature=0, session=session).ids
+            assert again == engine.generate([*ids, *expected[:3], 5], max_new_tokens=4, temperature=0).ids
+            taken = iter(TokenStream(engine, ids, most, Sampler(0.0), set(), session))
+            assert [next(taken), next(taken)] == list(expected[:2])
+            taken.close()  # type: ignore[attr-defined]
+            assert engine.generate(ids, max_new_tokens=most, temperature=0, session=session).ids == expected
 
 
 def test_hit_counts_are_the_hosts(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:

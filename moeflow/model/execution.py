@@ -8,7 +8,7 @@ differs, because the kernels multiply packed weights where the host multiplies w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from moeflow.artifact.layout import row_blocks
 from moeflow.errors import DeviceError
 from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Launcher
+from moeflow.kernels.publish import Publisher
 from moeflow.kernels.unpack import Workspace
 from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
@@ -54,8 +55,11 @@ class Execution(Protocol):
     def new_kv(self) -> KvCache:
         """An empty KV cache."""
 
-    def forward(self, ids: Sequence[int], kv: KvCache, last: int) -> Tensor:
-        """Logits of the last `last` tokens (0: all) of `ids`, which follow those in `kv`."""
+    def forward(self, ids: Sequence[int] | Tensor, kv: KvCache, last: int) -> Tensor:
+        """Logits of the last `last` tokens (0: all) of `ids`, which follow those in `kv`; one may be a Tensor [1]."""
+
+    def send(self, token: Tensor) -> Callable[[], int]:
+        """Start reading a token [1] back; the result waits for it."""
 
 
 class HostExecution:
@@ -77,7 +81,11 @@ class HostExecution:
         """An empty KV cache."""
         return GrowingKv(self._model.config)
 
-    def forward(self, ids: Sequence[int], kv: KvCache, last: int) -> Tensor:
+    def send(self, token: Tensor) -> Callable[[], int]:
+        """Read a token when it is asked for."""
+        return lambda: int(token)
+
+    def forward(self, ids: Sequence[int] | Tensor, kv: KvCache, last: int) -> Tensor:
         """Logits of the last `last` tokens."""
         inputs = torch.tensor([list(ids)], device=self._device)
         rows = []
@@ -130,6 +138,7 @@ class DeviceExecution:
         many = ExpertRunner(manifest, plan, self._cache, stream, dtype, launcher, self._workspace, always_stream=True)
         self.runner = DeviceRunner(manifest, self._cache, launcher, many)
         self._plan, self._launcher, self._device = plan, launcher, device
+        self._publisher = Publisher(launcher, device)
         self._lease: StaticKv | None = None
         self._model: Any = None
 
@@ -197,12 +206,20 @@ class DeviceExecution:
         self._lease = StaticKv(self._kv, self._lease)
         return self._lease
 
-    def forward(self, ids: Sequence[int], kv: KvCache, last: int) -> Tensor:
+    def send(self, token: Tensor) -> Callable[[], int]:
+        """Start reading a token back, beside what the copy engine does."""
+        return self._publisher.send(token)
+
+    def forward(self, ids: Sequence[int] | Tensor, kv: KvCache, last: int) -> Tensor:
         """Logits of the last `last` tokens."""
         if kv.stale:
             raise DeviceError("this KV cache was given to another sequence; ask the engine for a new one")
         if len(ids) <= self.steps.most:
             logits = self.steps.run(ids, kv.length)[-last:]
+            if self._cache.mover and not isinstance(ids, Tensor):
+                # Callers may copy logits to ordinary memory, which keeps the driver from the thread that feeds the copy
+                # engine until the pass is over; and the pass waits for the thread.
+                self.runner.lanes.wait()
         else:
             inputs = torch.tensor([list(ids)], device=self._device)
             positions = torch.arange(kv.length, kv.length + len(ids), device=self._device)[None]

@@ -125,11 +125,14 @@ class DecodeStep:
         logits: Tensor = output.logits[0]
         return logits
 
-    def run(self, ids: Sequence[int], position: int) -> Tensor:
+    def run(self, ids: Sequence[int] | Tensor, position: int) -> Tensor:
         """Logits [T, V] after each of `ids`, the first at `position`, which is the cache's length."""
         self._announce(self._graph is not None)
-        for i, token in enumerate(ids):
-            self._tokens[:, i].fill_(token)  # a copy from the host would wait for all that is under way
+        if isinstance(ids, Tensor):
+            torch.add(ids.view_as(self._tokens), 0, out=self._tokens)  # a copy may be the copy engine's, which is busy
+        else:
+            for i, token in enumerate(ids):
+                self._tokens[:, i].fill_(token)  # a copy from the host would wait for all that is under way
         torch.add(self._offsets, position, out=self._position)
         if self._graph is None:
             return self._pass()

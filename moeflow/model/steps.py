@@ -67,7 +67,7 @@ class Steps:
         if self._captures:
             self.single.capture()
 
-    def run(self, ids: Sequence[int], position: int) -> Tensor:
+    def run(self, ids: Sequence[int] | Tensor, position: int) -> Tensor:
         """Logits [T, V] after each of `ids`, the first at `position`, which is the cache's length."""
         tokens = len(ids)
         assert tokens <= self.most
@@ -79,7 +79,7 @@ class Steps:
             logits = self._record(ids, position, logits.clone())
         return logits
 
-    def _record(self, ids: Sequence[int], position: int, computed: Tensor) -> Tensor:
+    def _record(self, ids: Sequence[int] | Tensor, position: int, computed: Tensor) -> Tensor:
         """Make the graph of a step that was just `computed`; gives its logits, by the graph if there is one."""
         tokens = len(ids)
         plain, step = self._steps[tokens], self._make(tokens)

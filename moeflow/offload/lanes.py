@@ -65,6 +65,11 @@ class Lanes:
             after.wait()
             yield
 
+    def wait(self) -> None:
+        """Let the host wait for what the current stream was given."""
+        if self._copies is not None:
+            torch.cuda.current_stream().synchronize()
+
     def synchronize(self) -> None:
         """Wait for both streams."""
         for stream in (self._copies, self._side):

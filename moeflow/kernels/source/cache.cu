@@ -163,7 +163,6 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
         place[e] = -1;
     }
     __syncwarp(0xFFFFFFFFu);
-    if (lane == 0) store_volatile(stop, 1);   // not before: guesses go on while the tables come, and end in the time left
     if (first >= 0) needed[first] = 1;
     for (int i = lane + 32; i < n; i += 32) needed[chosen[i]] = 1;
     __syncwarp(0xFFFFFFFFu);
@@ -177,7 +176,9 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
     __syncwarp(0xFFFFFFFFu);
 
     int hits = 0, used = 0, total = 0;
-    for (int pass = 0; pass < 3; pass++)   // cached experts first, then arrived guesses, then what is missing
+    for (int pass = 0; pass < 3; pass++) {   // cached experts first, then arrived guesses, then what is missing
+        // Guesses go on until here: giving way takes them 4 us, and choosing victims and writing the tables as long.
+        if (pass == 2 && lane == 0) store_volatile(stop, 1);
         for (int base = 0; base < EXPERTS; base += 32) {
             const int e = base + lane;
             bool mine = e < EXPERTS && needed[e] && place[e] < 0;
@@ -206,6 +207,7 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
                 __syncwarp(0xFFFFFFFFu);
             }
         }
+    }
 
     for (int e = lane; e < EXPERTS; e += 32) {
         buffers[e] = buffer_of[e];
