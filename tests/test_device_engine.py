@@ -40,6 +40,12 @@ class Memory:
     def copy(self, target: int, source: int, nbytes: int) -> None:
         ctypes.memmove(target, source, nbytes)
 
+    def announce(self, target: int, value: int) -> None:
+        ctypes.c_int.from_address(target).value = value
+
+    def wait(self) -> None:
+        """Nothing is ever under way."""
+
 
 def hqq(bits: int, attention: int = 4) -> dict[str, object]:
     scheme = {"backend": "hqq", "group_size": 64}

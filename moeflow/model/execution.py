@@ -221,6 +221,8 @@ class DeviceExecution:
                 # engine until the pass is over; and the pass waits for the thread.
                 self.runner.lanes.wait()
         else:
+            if self._cache.mover:
+                self._cache.mover.begin(hand_over=False)
             inputs = torch.tensor([list(ids)], device=self._device)
             positions = torch.arange(kv.length, kv.length + len(ids), device=self._device)[None]
             self.runner.expect(len(ids))  # behind the ids: their copy would wait for those of whole layers

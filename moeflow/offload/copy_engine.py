@@ -37,12 +37,12 @@ class CopyEngine:
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         try:
             library = ctypes.CDLL("libcuda.so.1")
-            self._copy, self._set, current = (
-                library.cuMemcpyHtoDAsync_v2, library.cuCtxSetCurrent, library.cuCtxGetCurrent
-            )  # fmt: skip
+            self._copy, self._write = library.cuMemcpyHtoDAsync_v2, library.cuStreamWriteValue32_v2
+            self._set, current = library.cuCtxSetCurrent, library.cuCtxGetCurrent
         except (OSError, AttributeError) as error:
             raise DeviceError(f"the copy engine cannot be fed: {error}") from error
         self._copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        self._write.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
         self._set.argtypes = [ctypes.c_void_p]
         self._context = ctypes.c_void_p()
         with torch.cuda.device(device):
@@ -60,6 +60,21 @@ class CopyEngine:
             DeviceError: the driver refuses.
         """
         self._check(self._copy(target, source, nbytes, self._stream.cuda_stream))
+
+    def announce(self, target: int, value: int) -> None:
+        """Write four bytes once all copies started before can be seen by every kernel.
+
+        A copy of four bytes would not do: the driver promises the order of copies to what follows in a stream only, and
+        not to a kernel that watches the bytes.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        self._check(self._write(self._stream.cuda_stream, target, value & 0xFFFFFFFF, 0))
+
+    def wait(self) -> None:
+        """Until all is there that was started."""
+        self._stream.synchronize()
 
     @staticmethod
     def _check(code: int) -> None:

@@ -192,8 +192,9 @@ class DeviceCache:
         """Let the copy engine have its share of the layer's copies."""
         ends = int(layer == len(self._gate_up_pieces) - 1)
         self._kernel("hand_over.cu", "hand_over")(
-            1, 32, self._jobs[layer], self._job_count[layer : layer + 1], self._progress[layer], split, pieces, layer,
-            ends, mover.head, mover.least, mover.desk, mover.shares, mover.post, mover.opened, self._bytes[layer],
+            1, 32, self._jobs[layer], self._job_count[layer : layer + 1], self._progress[layer], self._buffers[layer],
+            split, pieces, layer, ends, mover.head, mover.least, mover.desk, mover.shares, mover.post, mover.opened,
+            self._bytes[layer],
         )  # fmt: skip
 
     def guess(self, layer: int, ids: Tensor) -> None:

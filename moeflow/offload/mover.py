@@ -32,10 +32,10 @@ LOCK, POST_TURN, POST_LAYER, POST_COUNT, POST_ENDED, TAKEN_BACK, POST_JOBS = 0, 
 HEAD = 3 << 20  # bytes that a kernel brings while the engine gets going: 2 to 6 MiB did as well
 LEAST_BLOB = 4 << 20  # of gate and up: in pieces of 2.5 MiB the engine is no faster than a kernel
 LEAST = 12 << 20  # with 10 MiB the engine was no faster than a kernel, with 28 by 6%
-PATIENCE = 200_000_000  # nanoseconds until the kernels take a copy back
+PATIENCE = 50_000_000  # nanoseconds until the kernels take a copy back
 # Seconds until a thread that computes in Python lets this one through: by default 5 ms, in which 250 MB could travel.
 SWITCH_INTERVAL = 2e-4
-VALUES = 64  # turns whose numbers the engine may still have to read
+FORGIVEN = 16  # copies taken back until nothing is handed over any more
 
 
 class Copier(Protocol):
@@ -46,6 +46,12 @@ class Copier(Protocol):
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Start a copy behind those started before."""
+
+    def announce(self, target: int, value: int) -> None:
+        """Write four bytes once what was started before is there for every kernel to see."""
+
+    def wait(self) -> None:
+        """Until all is there that was started."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +103,12 @@ class Mover:
         """Why the kernels copy all by themselves from now on."""
         self.moved_bytes = 0
         """Handed to the copier since the start."""
-        self._values = torch.zeros(VALUES, dtype=torch.int32, pin_memory=pinned)
-        self._read, self._write = self.post.numpy(), self._values.numpy()
+        self._read = self.post.numpy()
         self._lock = SpinLock(self.post.data_ptr() + 4 * LOCK)
         self.opened = self._lock.opened
         self._copier, self._layers = copier, layers
         self._turn = self._started = 0
+        self._taken_back = 0
         self._alone = self._late = self._closing = False
         self._moving = threading.Lock()
         self._wake = threading.Event()
@@ -121,15 +127,12 @@ class Mover:
         one the driver's, while a kernel waits for this thread, which needs both.
 
         Raises:
-            DeviceError: this thread slept in the middle of a copy that the kernels then took back; what lies in the
-                buffers is not sure, and `reset` is due.
+            DeviceError: this thread slept in the middle of a copy that the kernels then took back, and went on while
+                another pass was under way: what lies in the buffers is not sure, and `reset` is due.
         """
-        if self._late:
-            raise DeviceError("the process was stopped within a copy, so the text may be wrong from here on; ask again")
-        if self._read[TAKEN_BACK] and not self.problem and self._moving.acquire(blocking=False):
-            self._start_anew()  # the kernels went on alone; nothing was under way that could meet what follows
-            self._moving.release()
-        alone = not hand_over or self.problem is not None or bool(self._read[TAKEN_BACK])
+        if self._read[TAKEN_BACK] and self.problem is None:
+            self._forgive()
+        alone = not hand_over or self.problem is not None
         if alone != self._alone:
             self._alone = alone
             self.desk[ALONE : ALONE + 1].fill_(alone)
@@ -137,9 +140,27 @@ class Mover:
             self._started += 1
             self._wake.set()
 
+    def _forgive(self) -> None:
+        """Start anew after kernels took a copy back, once this thread, if it began the copy all the same, is through.
+
+        Until the layer's next turn the buffers hold the experts that they were to hold, and bytes that arrive late are
+        the bytes that are there: `hand_over` hands nothing else over. So all is well unless that turn may have come.
+        """
+        with self._moving:
+            self._copier.wait()
+            others = self._started - int(self._read[POST_ENDED]) > 1
+            late, self._late = self._late, False
+            self._taken_back += 1
+            if self._taken_back > FORGIVEN:
+                self.problem = f"kernels copy all: the copy engine's thread was too slow {self._taken_back} times"
+            self._start_anew()
+        if late and others:
+            raise DeviceError("the process was stopped within a copy, so the text may be wrong from here on; ask again")
+
     def reset(self) -> None:
         """Start anew after a pass that was abandoned; no kernel may be under way."""
         with self._moving:  # what it was about to copy, it has started
+            self._copier.wait()
             if self.desk.is_cuda:
                 torch.cuda.synchronize(self.desk.device)
             self._start_anew()
@@ -182,7 +203,8 @@ class Mover:
             self.problem = f"the thread that feeds the copy engine ended: {error}"
 
     def _idle(self) -> bool:
-        return int(self._read[POST_ENDED]) == self._started
+        """Whether nothing can come before the next `begin`: all passes are over, or go on without this thread."""
+        return int(self._read[POST_ENDED]) == self._started or bool(self._read[TAKEN_BACK])
 
     def _move(self) -> None:
         """Pass on what was asked for, unless it is an old request or was taken back."""
@@ -192,7 +214,6 @@ class Mover:
         self._turn = turn
         blobs, count = self._layers[int(self._read[POST_LAYER])], int(self._read[POST_COUNT])
         jobs = self._read[POST_JOBS : POST_JOBS + 3 * count].reshape(count, 3).tolist()
-        self._write[turn % VALUES] = turn
         for half in (0, 1):
             first, last = ((0, blobs.split), (blobs.split, blobs.nbytes // PIECE))[half]
             for expert, buffer, share in jobs:
@@ -201,7 +222,6 @@ class Mover:
                     source, target = blobs.source + expert * blobs.nbytes, blobs.pool + buffer * blobs.nbytes
                     self._copier.copy(target + begin, source + begin, last * PIECE - begin)
                     self.moved_bytes += last * PIECE - begin
-            value = self._values.data_ptr() + 4 * (turn % VALUES)
-            self._copier.copy(self.desk.data_ptr() + 4 * (ARRIVED + half), value, 4)
+            self._copier.announce(self.desk.data_ptr() + 4 * (ARRIVED + half), turn)
         if int(self._read[TAKEN_BACK]) == turn:
             self._late = True

@@ -2,6 +2,7 @@
 //
 // The last two parameters of a collective are the place of the call, for the report of a deadlock.
 #pragma once
+#include <time.h>
 
 #define PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -60,7 +61,11 @@ template <class T> T atomicCAS(T* address, emulator::same<T> expected, emulator:
 inline void __threadfence() { emulator::preempt(); }
 inline void __threadfence_block() { emulator::preempt(); }
 inline void __threadfence_system() { emulator::preempt(); }
-inline void __nanosleep(unsigned) { emulator::spin(); }
+inline void __nanosleep(unsigned nanoseconds) {   // truly: the host's threads may be what is waited for
+    const timespec duration = {0, (long)nanoseconds};
+    nanosleep(&duration, nullptr);
+    emulator::spin();
+}
 inline long long clock64() { return emulator::steps(); }
 
 template <class T> T __ldg(const T* p) { return *p; }

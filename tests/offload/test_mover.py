@@ -16,7 +16,7 @@ from test_device_cache import CPU, PIECE, WARPS, emulator, make
 
 from moeflow.errors import DeviceError
 from moeflow.offload.device import DeviceCache
-from moeflow.offload.mover import Mover
+from moeflow.offload.mover import FORGIVEN, Mover
 from moeflow.offload.spin_lock import SpinLock
 from moeflow.offload.traffic import Traffic
 
@@ -40,6 +40,12 @@ class Memory:
         ctypes.memmove(target, source, nbytes)
         self.copied.append(nbytes)
 
+    def announce(self, target: int, value: int) -> None:
+        ctypes.c_int.from_address(target).value = value
+
+    def wait(self) -> None:
+        pass
+
 
 def mover_of(
     memory: Memory, layers: Any, jobs: int, head: int = 1, least: int = 1, patience: int = 30 * SECOND
@@ -47,14 +53,16 @@ def mover_of(
     return Mover(memory, layers, jobs, CPU, patience, head * PIECE, least * PIECE)
 
 
-def step(cache: DeviceCache, host: torch.Tensor, layer: int, experts: int = 8) -> None:
-    if layer == 0 and cache.mover:
+def step(
+    cache: DeviceCache, host: torch.Tensor, layer: int, begin: bool = True, chosen: list[int] | None = None
+) -> None:
+    if begin and layer == 0 and cache.mover:
         cache.mover.begin(hand_over=True)
-    chosen = torch.tensor([random.sample(range(experts), 2)])
-    found = cache.find(layer, chosen, 1)
+    experts = chosen or random.sample(range(8), 2)
+    found = cache.find(layer, torch.tensor([experts]), 1)
     cache.copy(layer, 0)
     cache.copy(layer, 1)
-    for expert, place in zip(chosen[0].tolist(), found.places.tolist(), strict=True):
+    for expert, place in zip(experts, found.places.tolist(), strict=True):
         assert torch.equal(found.pool[place], host[layer, expert])
 
 
@@ -111,18 +119,18 @@ def test_the_bytes_are_a_kernels(order: str, head: int) -> None:
     traffic = cache.count(Traffic())
     kept_by_guesses = int(cache._bytes[:, 2].sum())  # moved on a guess and used
     assert traffic.missed_bytes + kept_by_guesses == (traffic.misses + traffic.guesses_used) * host.shape[2]
-    assert any(nbytes > 4 for nbytes in memory.copied)
+    assert memory.copied
     assert cache.mover.problem is None
     cache.mover.close()
 
 
 def test_few_bytes_are_left_to_kernels() -> None:
     memory = Memory()
-    cache, host = make(pieces=300, guesses=0, quota=(0, 0), mover=partial(mover_of, memory, head=0, least=301))
+    cache, host = make(pieces=300, guesses=0, quota=(2, 2), mover=partial(mover_of, memory, head=0, least=301))
     assert cache.mover is not None
     cache.mover.begin(hand_over=True)
-    for _ in range(3):
-        for chosen, handed in (([[3, 3]], False), ([[1, 5]], True)):
+    for pair in ([1, 5], [2, 6], [4, 7]):
+        for chosen, handed in (([[3, 3]], False), ([pair], True)):
             before = len(memory.copied)
             found = cache.find(0, torch.tensor(chosen), 2 if chosen[0][0] == chosen[0][1] else 1)
             cache.copy(0, 0)
@@ -133,55 +141,90 @@ def test_few_bytes_are_left_to_kernels() -> None:
     cache.mover.close()
 
 
+def pass_of(cache: DeviceCache, host: torch.Tensor) -> None:
+    for layer in range(2):
+        step(cache, host, layer)
+
+
 def test_what_does_not_come_is_taken_back() -> None:
     go_on = threading.Event()
     memory = Memory(lambda: go_on.wait(60) and None)
-    cache, host = make(pieces=40, quota=(2, 1), mover=partial(mover_of, memory, patience=SECOND // 20))
+    cache, host = make(pieces=40, quota=(2, 2), mover=partial(mover_of, memory, patience=SECOND // 20))
     mover = cache.mover
     assert mover is not None
-    for _ in range(10):  # the first waits for a twentieth of a second, the others not at all
-        step(cache, host, 0)
-        step(cache, host, 1)
+    pass_of(cache, host)  # the first copy waits for a twentieth of a second, the others not at all
     assert not memory.copied
+    threading.Timer(0.1, go_on.set).start()
+    for _ in range(10):  # the next pass waits for the late copy, which brings what is there already
+        pass_of(cache, host)
+    assert len(memory.copied) > 4
+    assert mover.problem is None
+    mover.close()
+
+
+def test_a_late_copy_while_another_pass_is_under_way_is_an_error() -> None:
+    go_on = threading.Event()
+    memory = Memory(lambda: go_on.wait(60) and None)
+    cache, host = make(pieces=40, quota=(2, 2), mover=partial(mover_of, memory, patience=SECOND // 20))
+    mover = cache.mover
+    assert mover is not None
+    mover.begin(
+        hand_over=True
+    )  # this one was begun ahead; nothing of it is handed over any more, but buffers change hands
+    pass_of(cache, host)
     go_on.set()
-    wait_until(lambda: mover._late)  # the thread finds that its copy may have met other experts
+    wait_until(lambda: mover._late)
     with pytest.raises(DeviceError, match="stopped within a copy"):
         mover.begin(hand_over=True)
     cache.reset()
     memory.copied.clear()
-    for _ in range(10):
-        step(cache, host, 0)
-        step(cache, host, 1)
+    pass_of(cache, host)
     assert memory.copied
+    mover.close()
+
+
+def test_a_thread_that_is_always_late_is_asked_no_more() -> None:
+    cache, host = make(pieces=40, quota=(2, 2), mover=partial(mover_of, Memory(), patience=SECOND // 1000))
+    mover = cache.mover
+    assert mover is not None
+    for _ in range(FORGIVEN * 20):
+        mover.begin(hand_over=True)
+        if mover.problem is not None:
+            break
+        with mover._moving:
+            step(cache, host, 0, begin=False)
+            step(cache, host, 1)
+    assert mover.problem is not None
+    assert "too slow" in mover.problem
+    pass_of(cache, host)
     mover.close()
 
 
 def test_a_request_that_was_taken_back_is_not_carried_out() -> None:
     memory = Memory()
-    cache, host = make(pieces=40, quota=(0, 0), mover=partial(mover_of, memory, patience=SECOND // 50))
+    cache, host = make(pieces=40, quota=(2, 2), mover=partial(mover_of, memory, patience=SECOND // 50))
     mover = cache.mover
     assert mover is not None
     with mover._moving:  # the thread has not even read it
-        step(cache, host, 0)
-        step(cache, host, 1)
+        pass_of(cache, host)
     time.sleep(0.05)
     assert not memory.copied
     assert not mover._late
-    step(cache, host, 0)  # a new pass, and a new chance
-    step(cache, host, 1)
+    for _ in range(4):  # new passes, and a new chance
+        pass_of(cache, host)
     assert memory.copied
     mover.close()
 
 
 def test_a_pass_that_is_issued_kernel_by_kernel_hands_nothing_over() -> None:
     memory = Memory()
-    cache, host = make(pieces=40, quota=(0, 0), mover=partial(mover_of, memory))
+    cache, host = make(pieces=40, quota=(2, 2), mover=partial(mover_of, memory))
     mover = cache.mover
     assert mover is not None
     for turn in range(6):
         before = len(memory.copied)
         mover.begin(hand_over=turn % 2 == 1)
-        step(cache, host, 1)
+        step(cache, host, 1, chosen=[2 * turn % 8, 2 * turn % 8 + 1])  # always missing
         assert (len(memory.copied) > before) == (turn % 2 == 1)
         wait_until(lambda: not mover._wake.is_set())
     mover.close()
@@ -206,7 +249,7 @@ def test_an_error_leaves_all_to_kernels() -> None:
 
 
 def test_between_passes_the_thread_sleeps() -> None:
-    cache, host = make(pieces=40, quota=(0, 0), mover=partial(mover_of, Memory()))
+    cache, host = make(pieces=40, quota=(2, 2), mover=partial(mover_of, Memory()))
     mover = cache.mover
     assert mover is not None
     for _ in range(5):

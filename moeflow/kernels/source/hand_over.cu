@@ -7,13 +7,15 @@
 #include "desk.cuh"
 #include "primitives.cuh"
 
-// jobs, job_count, progress: as `copy` takes them. split, pieces: of a blob, until where gate and up reach and all. layer:
-// its number; ends: 1 for the last of a pass. head: pieces that a kernel brings first; least: pieces that are worth the
-// thread's attention. shares [jobs]: the first piece of each that is handed over. opened: the lock's value when it is open.
+// jobs, job_count, progress: as `copy` takes them. buffers [EXPERTS]: of the layer's cached experts; what is not kept is not
+// handed over either, because its buffer may be another's before a copy that comes late. split, pieces: of a blob, until where
+// gate and up reach, and all. layer: its number; ends: 1 for the last of a pass. head: pieces that a kernel brings first;
+// least: pieces that are worth the thread's attention. shares [jobs]: the first piece of each that is handed over. opened:
+// the lock's value when it is open.
 extern "C" __global__ void __launch_bounds__(32)
-hand_over(const int* jobs, const int* job_count, const int* progress, long long split, long long pieces, long long layer,
-          long long ends, long long head, long long least, int* desk, int* shares, int* post, long long opened,
-          long long* missed) {
+hand_over(const int* jobs, const int* job_count, const int* progress, const int* buffers, long long split,
+          long long pieces, long long layer, long long ends, long long head, long long least, int* desk, int* shares,
+          int* post, long long opened, long long* missed) {
     const int lane = threadIdx.x;
     const int count = *job_count;
     long long handed = 0;
@@ -25,12 +27,15 @@ hand_over(const int* jobs, const int* job_count, const int* progress, long long 
             for (int w = lane; w < WARPS; w += 32) front = max(front, progress[guess * WARPS + w]);
 #pragma unroll
         for (int o = 16; o; o >>= 1) front = max(front, __shfl_xor_sync(0xFFFFFFFFu, front, o));
-        long long begin = (long long)front * WARPS;
-        if (first && begin < split) {
-            begin += head;
-            first = false;
+        long long begin = pieces;
+        if (buffers[jobs[3 * j]] == jobs[3 * j + 1]) {
+            begin = (long long)front * WARPS;
+            if (first && begin < split) {
+                begin += head;
+                first = false;
+            }
+            begin = min(begin, pieces);
         }
-        begin = min(begin, pieces);
         if (lane == 0) shares[j] = (int)begin;
         handed += pieces - begin;
     }
