@@ -37,8 +37,8 @@ class RandomArtifact(Artifact):
         super().__init__(Path(folder), synthetic_manifest(config, quantization, name))
         (self.directory / "config.json").write_text(json.dumps(dict(config)))
         self._checkpoint = synthetic_checkpoint(config, name)
-        self._random = torch.Generator().manual_seed(0)
-        self._templates = [self._blob(layout) for layout in self.manifest.layouts]
+        random = torch.Generator().manual_seed(0)
+        self._templates = [self._blob(layout, random) for layout in self.manifest.layouts]
 
     def check_files(self) -> None:
         """Nothing to compare."""
@@ -60,40 +60,46 @@ class RandomArtifact(Artifact):
                     flat[shift:].copy_(source[: flat.numel() - shift])
                     flat[:shift].copy_(source[flat.numel() - shift :])
 
-    def _blob(self, layout: BlobLayout) -> Tensor:
+    @classmethod
+    def _blob(cls, layout: BlobLayout, random: torch.Generator) -> Tensor:
         blob = torch.zeros(layout.nbytes, dtype=torch.uint8)
         for matrix in layout.matrices:
-            self._fill(matrix, blob)
+            cls._fill(matrix, blob, random)
         return blob
 
-    def _fill(self, matrix: PackedMatrix, blob: Tensor) -> None:
+    @staticmethod
+    def _fill(matrix: PackedMatrix, blob: Tensor, random: torch.Generator) -> None:
         """Weights of mean 0 and a deviation near `DEVIATION`, so that hidden states stay in range."""
         bits = getattr(matrix.scheme, "bits", 8)
         middle = (2**bits - 1) / 2
         scale = DEVIATION / ((4**bits - 1) / 12) ** 0.5
         for name, part in parts_of(matrix, blob).items():
             if part.dtype == torch.int32:
-                part.random_(-(1 << 31), (1 << 31) - 1, generator=self._random)
+                part.random_(-(1 << 31), (1 << 31) - 1, generator=random)
             elif part.dtype == torch.uint8:
-                part.random_(0, 256, generator=self._random)
+                part.random_(0, 256, generator=random)
             elif part.dim() == 3 and part.shape[-1] == 4:  # steps and starts of scales and zeros in 8 bits
                 part.copy_(torch.tensor([scale / 512, 0.75 * scale, 0.0, middle]).expand(part.shape))
             elif part.dim() == 3:  # scale and zero
-                part.uniform_(0.75 * scale, 1.25 * scale, generator=self._random)
+                part.uniform_(0.75 * scale, 1.25 * scale, generator=random)
                 part[..., 1::2] = middle
             elif name == "scales":
-                part.uniform_(0.75 * scale, 1.25 * scale, generator=self._random)
+                part.uniform_(0.75 * scale, 1.25 * scale, generator=random)
             else:
-                part.normal_(0.0, DEVIATION, generator=self._random)
+                part.normal_(0.0, DEVIATION, generator=random)
 
     def resident(
         self, device: torch.device, dtypes: Mapping[str, torch.dtype]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Random tensors for all that is always on the device: parameters, and packed matrices' blobs by name."""
+        """Random tensors for all that is always on the device: parameters, and packed matrices' blobs by name.
+
+        The same at every call, so that engines over one artifact can be compared.
+        """
         packed = allocate_blobs(self.manifest.resident, device)
+        random = torch.Generator().manual_seed(1)
         for matrix in self.manifest.resident:
             blob = torch.zeros(packed[matrix.name].nbytes, dtype=torch.uint8)
-            self._fill(matrix, blob)
+            self._fill(matrix, blob, random)
             packed[matrix.name].copy_(blob)
         random = torch.Generator(device).manual_seed(0)
         dense = {}

@@ -15,6 +15,7 @@ from moeflow.artifact.architectures import ARCHITECTURES, architecture
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.families import Family
 from moeflow.artifact.packer import Packer
+from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.artifact.synthetic import synthetic_checkpoint, synthetic_manifest
 from moeflow.errors import CheckpointError, DocumentError
 from moeflow.planning.sizes import ModelSizes
@@ -220,3 +221,20 @@ def test_a_released_quantization_is_left_out(tiny_checkpoint: Path) -> None:
 def test_a_name_gives_a_config_of_its_own() -> None:
     architecture("gpt-oss-20b")["rope_scaling"]["factor"] = 1.0
     assert architecture("gpt-oss-20b")["rope_scaling"]["factor"] == 32.0
+
+
+def test_random_weights_are_the_same_at_every_call() -> None:
+    """Two engines over one artifact are compared by tests and benchmarks."""
+    config = {**architecture("mixtral-8x7b"), "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256,
+              "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}  # fmt: skip
+    four = HqqScheme(bits=4, group_size=64)
+    artifact = RandomArtifact(config, Quantization(experts=four, attention=four), "m")
+    dtypes = dict.fromkeys(artifact._checkpoint.resident, torch.bfloat16)
+    first, again = (artifact.resident(torch.device("cpu"), dtypes) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        assert one.keys() == other.keys() and one
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    blobs = [bytearray(artifact.manifest.layout_of(1).nbytes) for _ in range(3)]
+    for blob, expert in zip(blobs, (3, 3, 4), strict=True):
+        artifact.read_blob(1, expert, memoryview(blob))
+    assert blobs[0] == blobs[1] != blobs[2]
