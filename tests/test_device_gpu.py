@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from moeflow.artifact.architectures import architecture
 from moeflow.artifact.families import FAMILIES
 from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.engine import Engine
+from moeflow.errors import DeviceError
+from moeflow.offload.copy_engine import CopyEngine
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.machine import probe
@@ -136,6 +139,29 @@ def test_a_few_tokens_at_once_are_graphs_and_as_one_by_one(
             assert not steps.kept and steps._steps[chunk]._graph is not None
         assert torch.equal(engine.logits(ids, chunk=1), expected)
         assert engine.traffic.streamed_bytes == 0
+
+
+def test_the_copy_engine_copies_in_order_and_announces() -> None:
+    engine = CopyEngine(torch.device("cuda"))
+    host = torch.randint(256, (64 << 20,), dtype=torch.uint8).pin_memory()
+    target, flag = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda"), torch.zeros(1, dtype=torch.int32).cuda()
+    torch.cuda.synchronize()
+    failed: list[object] = []
+
+    def feed() -> None:
+        try:
+            engine.enter()
+            for start in range(0, 64 << 20, 8 << 20):
+                engine.copy(target.data_ptr() + start, host.data_ptr() + start, 8 << 20)
+            engine.announce(flag.data_ptr(), 7)
+        except DeviceError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    thread.join()
+    engine.wait()
+    assert not failed and int(flag) == 7 and torch.equal(target.cpu(), host)
 
 
 @pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[2], SCHEMES[4]], ids=str)

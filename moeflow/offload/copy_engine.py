@@ -46,8 +46,13 @@ class CopyEngine:
         self._set.argtypes = [ctypes.c_void_p]
         self._context = ctypes.c_void_p()
         with torch.cuda.device(device):
-            torch.cuda.current_stream().synchronize()  # there is a context from here on
+            tried = torch.zeros(1, dtype=torch.int32, device=device)  # there is a context from here on
+            torch.cuda.current_stream().synchronize()
             self._check(current(ctypes.byref(self._context)))
+        self.announce(tried.data_ptr(), -1)  # not every system lets streams write
+        self.wait()
+        if int(tried) != -1:
+            raise DeviceError("the copy engine cannot be fed: a stream's write did not arrive")
 
     def enter(self) -> None:
         """Make the calling thread one that may copy."""

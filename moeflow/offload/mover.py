@@ -130,7 +130,7 @@ class Mover:
             DeviceError: this thread slept in the middle of a copy that the kernels then took back, and went on while
                 another pass was under way: what lies in the buffers is not sure, and `reset` is due.
         """
-        if self._read[TAKEN_BACK] and self.problem is None:
+        if self._read[TAKEN_BACK]:
             self._forgive()
         alone = not hand_over or self.problem is not None
         if alone != self._alone:
@@ -151,7 +151,7 @@ class Mover:
             others = self._started - int(self._read[POST_ENDED]) > 1
             late, self._late = self._late, False
             self._taken_back += 1
-            if self._taken_back > FORGIVEN:
+            if self._taken_back > FORGIVEN and self.problem is None:
                 self.problem = f"kernels copy all: the copy engine's thread was too slow {self._taken_back} times"
             self._start_anew()
         if late and others:
