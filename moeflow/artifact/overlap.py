@@ -19,6 +19,8 @@ __all__ = ["Task", "read_ahead", "WriteBehind"]
 T = TypeVar("T")
 AHEAD = 512 << 20
 """Bytes that may wait beside what is worked on: an expert of Mixtral's is 336 MiB. A larger task waits alone."""
+TASKS = 8
+"""And as many tasks at most: small ones are read in less time than it takes to begin another."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,17 @@ def _results(
     queue = iter(tasks)
     following = next(queue, None)
     while waiting or following:
-        while following and (len(waiting) < 2 or _behind_the_first(waiting) + following.nbytes <= most):
+        while following and _fits(following, waiting, most):
             waiting.append((following.nbytes, pool.submit(following.run)))
             following = next(queue, None)
         yield waiting.popleft()[1].result()  # and keeps no reference to it
 
 
-def _behind_the_first(waiting: deque[tuple[int, Future[T]]]) -> int:
-    """Bytes that wait while the first is worked on."""
-    return sum(size for size, _ in waiting) - waiting[0][0]
+def _fits(task: Task[T], waiting: deque[tuple[int, Future[T]]], most: int) -> bool:
+    """Whether one more may be begun; the first does not count, since its result is about to be handed over."""
+    if len(waiting) < 2:
+        return True
+    return len(waiting) <= TASKS and sum(size for size, _ in waiting) - waiting[0][0] + task.nbytes <= most
 
 
 class WriteBehind:
