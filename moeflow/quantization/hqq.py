@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moeflow.quantization.base import Codes
-from moeflow.quantization.blocks import row_slices
+from moeflow.quantization.blocks import each
 from moeflow.schema import HqqScheme
 from moeflow.schema.quantization import META_BLOCK
 
@@ -42,13 +42,17 @@ class HqqQuantizer:
             meta, steps, pair = _eight_bits(pair)
             factors = {"meta": meta, "meta_scales": steps}
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        for block in row_slices(weight):
-            grouped = weight[block].float().view(-1, pair.shape[1], self.scheme.group_size)  # [n, G, group]
-            if self.scheme.metadata_bits == 8:
-                found = _nearest(grouped, pair[block])
-            else:
-                found = grouped.mul(inverse[block].unsqueeze(2)).add_(zero[block].unsqueeze(2))
-            codes[block] = found.round_().clamp_(0, largest).view(-1, weight.shape[1])
+
+        def choose(blocks: list[slice]) -> None:
+            for block in blocks:
+                grouped = weight[block].float().view(-1, pair.shape[1], self.scheme.group_size)  # [n, G, group]
+                if self.scheme.metadata_bits == 8:
+                    found = _nearest(grouped, pair[block])
+                else:
+                    found = grouped.mul(inverse[block].unsqueeze(2)).add_(zero[block].unsqueeze(2))
+                codes[block] = found.round_().clamp_(0, largest).view(-1, weight.shape[1])
+
+        each(weight, choose)
         return Codes(codes, factors)
 
 
@@ -57,17 +61,23 @@ def _solve(weight: Tensor, group_size: int, largest: int) -> tuple[Tensor, Tenso
     exact = torch.float16 if weight.device.type == "cuda" else torch.float32
     rows, groups = weight.shape[0], weight.shape[1] // group_size
     inverse, zero = (torch.empty(rows, groups, 1, dtype=exact, device=weight.device) for _ in range(2))
-    blocks = list(row_slices(weight))
-    for block in blocks:
-        inverse[block], zero[block] = _first(weight[block].float().view(-1, groups, group_size), largest)
     misses = torch.empty(rows, groups, group_size, dtype=exact, device=weight.device)
-    scratch = [torch.empty_like(misses[blocks[0]]) for _ in range(4)]
-    best = torch.tensor(torch.inf, device=weight.device)
-    for _ in range(ITERATIONS):
+
+    def begin(blocks: list[slice]) -> None:
+        for block in blocks:
+            inverse[block], zero[block] = _first(weight[block].float().view(-1, groups, group_size), largest)
+
+    def improve(blocks: list[slice]) -> None:
+        scratch = [torch.empty_like(misses[blocks[0]]) for _ in range(4)]
         for block in blocks:
             grouped, *others = (buffer[: block.stop - block.start] for buffer in scratch)
             grouped.copy_(weight[block].view_as(grouped))
             _step(grouped, inverse[block], zero[block], misses[block], others, largest)
+
+    each(weight, begin)
+    best = torch.tensor(torch.inf, device=weight.device)
+    for _ in range(ITERATIONS):
+        each(weight, improve)
         mean = misses.view(-1, group_size).mean().float()  # over all at once: its last digit decides when hqq ends
         if not mean < best:
             break
