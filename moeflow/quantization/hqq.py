@@ -4,8 +4,9 @@ Codes, scales and zeros are, bit for bit, those that hqq's `Quantizer.quantize` 
 compare them with the installed library's. Groups run along the input dimension (hqq's axis 1), where packing needs no
 padding; errors equal those of axis 0. The same operations are done here in place, a block of rows at a time, because
 hqq's make eight temporaries of the matrix's size in each of 20 iterations and empty CUDA's memory cache three times a
-matrix: a Mixtral matrix took hqq 36.9 s on 2 CPU cores, and takes 4 s here. hqq's packing is not used: ours is laid out
-for the kernels that read it. Nor is its quantization of scales and zeros, which it calls deprecated.
+matrix: for 4096 x 4096 numbers, on 2 CPU cores that others used too, hqq took 11.7 s and this 2.8. hqq's packing is not
+used: ours is laid out for the kernels that read it. Nor is its quantization of scales and zeros, which it calls
+deprecated.
 """
 
 from __future__ import annotations
