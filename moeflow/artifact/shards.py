@@ -121,8 +121,9 @@ def write_resident(
         for name, stored in checkpoint.resident.items():
             if matrix := packed.get(name):
                 last = matrix.segments[-1]
-                blob = torch.zeros(last.offset + last.nbytes, dtype=torch.uint8)
-                error.add(_encode(checkpoint, matrix, next(sources), quantizer_for(matrix.scheme), blob))
+                source = next(sources)
+                blob = torch.zeros(last.offset + last.nbytes, dtype=torch.uint8, device=source[0][1].device)
+                error.add(_encode(checkpoint, matrix, source, quantizer_for(matrix.scheme), blob))
                 for part in parts_of(matrix, blob).values():
                     writer.write(_bytes(part))
             else:
