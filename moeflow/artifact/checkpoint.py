@@ -159,13 +159,13 @@ class Checkpoint:
         files = [[f.name, s.st_size, s.st_mtime_ns] for f, s in sorted(stats.items())]
         return [files, [[part.name, part.offset] for part in parts]]
 
-    def read(self, name: str) -> torch.Tensor:
-        """One plain tensor, in host memory."""
-        return self.stored[name].read()
+    def read(self, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """One plain tensor, in host memory or on `device`."""
+        return self.stored[name].read(device=device)
 
-    def read_slice(self, part: Slice) -> torch.Tensor:
-        """One array of one expert, in host memory: a matrix `[outputs, inputs]`, or a bias `[outputs]`."""
-        tensor = self.stored[part.tensor].read(part.expert)
+    def read_slice(self, part: Slice, device: torch.device | None = None) -> torch.Tensor:
+        """An array of one expert, in host memory or on `device`: a matrix `[outputs, inputs]` or a bias `[outputs]`."""
+        tensor = self.stored[part.tensor].read(part.expert, device)
         return tensor.T.contiguous() if part.transposed else tensor
 
 

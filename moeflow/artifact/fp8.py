@@ -42,13 +42,13 @@ class Fp8(Stored):
     def parts(self) -> tuple[TensorInfo, ...]:  # noqa: D102
         return (self.weight, self.scales)
 
-    def read(self, index: int | None = None) -> torch.Tensor:
+    def read(self, index: int | None = None, device: torch.device | None = None) -> torch.Tensor:
         """bfloat16 or float32, in the weight's own shape."""
         import torch
 
-        weight = read_tensor(self.weight, index)
+        weight = read_tensor(self.weight, index, device)
         refuse_nan(self.weight, (weight.view(torch.uint8) & 127) == 127)
-        grid = self._grid(index)
+        grid = self._grid(index, device)
         rows, columns = self.block
         dtype = torch.float32 if self.info.dtype == "F32" else torch.bfloat16
         wide = grid.repeat_interleave(columns, -1)[..., : weight.shape[-1]]  # [.., grid rows, K]
@@ -58,12 +58,12 @@ class Fp8(Stored):
         ]
         return torch.cat(bands, dim=-2)
 
-    def _grid(self, index: int | None) -> torch.Tensor:
+    def _grid(self, index: int | None, device: torch.device | None) -> torch.Tensor:
         """Scales in float32, `[.., N / n, K / k]`."""
         import torch
 
         per_expert = len(self.weight.shape) == 3 and self.scales.shape[:1] == self.weight.shape[:1]
-        stored = read_tensor(self.scales, index if per_expert else None)
+        stored = read_tensor(self.scales, index if per_expert else None, device)
         powers = self.scales.dtype in ("F8_E8M0", "U8")
         grid = exponents(stored.view(torch.uint8)) if powers else stored.float()
         refuse_nan(self.scales, ~torch.isfinite(grid))

@@ -11,7 +11,8 @@ from moeflow.artifact.layout import ALIGNMENT
 from moeflow.kernels.dequantize import affine, codebook, pairs, row_scaled
 from moeflow.kernels.packing import pack
 from moeflow.quantization.base import Codes, Quantizer
-from moeflow.schema import BitsAndBytesScheme, DenseScheme, PackedMatrix, Segment
+from moeflow.quantization.blocks import row_slices
+from moeflow.schema import BitsAndBytesScheme, DenseScheme, PackedMatrix, Scheme, Segment
 
 __all__ = ["allocate_blobs", "encode", "segment_view", "parts_of", "dequantize"]
 
@@ -47,39 +48,48 @@ def encode(
 
     Args:
         matrix: where and how; its rows are the sum of the weights'.
-        weights: each [N_i, K], on the device that shall quantize.
+        weights: each [N_i, K], on the device that shall quantize and pack.
         quantizer: the backend of `matrix.scheme`.
-        blob: uint8, in host memory.
+        blob: uint8, in host memory or, which saves copies, on the weights' device.
         biases: together [N], where the matrix has a bias; they are stored in float32.
 
     Returns:
         Sums of squares of the error and of the weights, for a relative error over many matrices.
     """
     assert bool(biases) == matrix.bias, "a biased matrix takes biases, and no other"
-    arrays = _arrays(matrix, [quantizer.quantize(weight) for weight in weights])
+    parts = parts_of(matrix, blob)
     if biases:
-        arrays["bias"] = torch.cat(list(biases)).float()
-    assert arrays.keys() == {segment.part for segment in matrix.segments}, "the backend gives what the layout has"
-    for segment in matrix.segments:
-        segment_view(blob, segment).copy_(arrays[segment.part].view(segment.shape))
-    restored = dequantize(matrix, parts_of(matrix, blob), torch.float32).to(weights[0].device)
-    original = torch.cat([w.float() for w in weights])
-    weight = _square_sum(original)
-    return _square_sum(original.sub_(restored)), weight  # not in place of `restored`, which may be the blob itself
+        parts.pop("bias").copy_(torch.cat(list(biases)))
+    error = square = torch.zeros((), dtype=torch.float64, device=weights[0].device)
+    row = 0
+    for weight in weights:
+        stored = quantizer.quantize(weight)
+        for block in row_slices(weight):
+            place = {name: part[row + block.start : row + block.stop] for name, part in parts.items()}
+            arrays = _arrays(matrix.scheme, stored, block)
+            assert arrays.keys() == place.keys(), "the backend gives what the layout has"
+            for name, array in arrays.items():
+                place[name].copy_(array)
+            restored = dequantize(matrix, place, torch.float32).to(weight.device)
+            square = square + _square_sum(weight[block].float())
+            error = error + _square_sum(weight[block].float() - restored)
+        row += len(weight)
+    assert row == matrix.rows, "the matrix has the rows of its weights"
+    return float(error), float(square)
 
 
-def _arrays(matrix: PackedMatrix, stored: Sequence[Codes | Tensor]) -> dict[str, Tensor]:
-    """The segments' contents by part, rows of all `stored` one after the other."""
-    if isinstance(matrix.scheme, DenseScheme):
-        return {"dense": torch.cat([s for s in stored if isinstance(s, Tensor)])}
-    quantized = [s for s in stored if isinstance(s, Codes)]
-    words, high = pack(torch.cat([s.codes for s in quantized]), matrix.scheme.bits)
-    arrays = {part: torch.cat([s.factors[part] for s in quantized]) for part in quantized[0].factors}
-    return {"words": words, **({} if high is None else {"high": high}), **arrays}
+def _arrays(scheme: Scheme, stored: Codes | Tensor, rows: slice) -> dict[str, Tensor]:
+    """The segments' contents by part, of some rows."""
+    if isinstance(scheme, DenseScheme) or isinstance(stored, Tensor):
+        assert isinstance(scheme, DenseScheme) and isinstance(stored, Tensor), "no quantizer but `none` keeps a tensor"
+        return {"dense": stored[rows]}
+    words, high = pack(stored.codes[rows], scheme.bits)
+    factors = {part: factor[rows] for part, factor in stored.factors.items()}
+    return {"words": words, **({} if high is None else {"high": high}), **factors}
 
 
-def _square_sum(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum()) if tensor.numel() < 1 << 20 else float(tensor.norm().double() ** 2)
+def _square_sum(tensor: Tensor) -> Tensor:
+    return tensor.square().sum(dtype=torch.float64)
 
 
 def dequantize(matrix: PackedMatrix, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

@@ -40,16 +40,16 @@ class Mxfp4(Stored):
     def parts(self) -> tuple[TensorInfo, ...]:  # noqa: D102
         return (self.blocks, self.scales)
 
-    def read(self, index: int | None = None) -> torch.Tensor:
+    def read(self, index: int | None = None, device: torch.device | None = None) -> torch.Tensor:
         """bfloat16 or float32 `[E, inputs, outputs]`; of one expert, a view that is contiguous when transposed."""
         import torch
 
-        exponent = read_tensor(self.scales, index)
+        exponent = read_tensor(self.scales, index, device)
         refuse_nan(self.scales, exponent == NAN)
         e2m1 = torch.tensor(E2M1)
         byte = torch.arange(256)
-        values = torch.stack([e2m1[byte & 15], e2m1[byte >> 4]], dim=-1)  # [256, 2]
-        blocks = values[read_tensor(self.blocks, index).int()].flatten(-2)  # [.., N, G, 32]
+        values = torch.stack([e2m1[byte & 15], e2m1[byte >> 4]], dim=-1).to(device)  # [256, 2]
+        blocks = values[read_tensor(self.blocks, index, device).int()].flatten(-2)  # [.., N, G, 32]
         rows = blocks.mul_(exponents(exponent).unsqueeze(-1)).flatten(-2)  # [.., N, 32 * G]
         return rows.to(torch.float32 if self.info.dtype == "F32" else torch.bfloat16).transpose(-1, -2)
 
@@ -60,7 +60,7 @@ def exponents(codes: torch.Tensor) -> torch.Tensor:
 
     table = torch.ldexp(torch.ones(256), torch.arange(256) - BIAS)
     table[NAN] = torch.nan
-    return table[codes.int()]
+    return table.to(codes.device)[codes.int()]
 
 
 def mxfp4_tensors(headers: Mapping[str, TensorInfo], dtype: str, place: Path) -> dict[str, Stored]:

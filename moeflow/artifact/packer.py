@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from moeflow import __version__
 from moeflow.artifact.blueprint import RESIDENT_SHARD, Blueprint
 from moeflow.artifact.card import CARD, model_card
 from moeflow.artifact.checkpoint import Checkpoint
+from moeflow.artifact.overlap import Task, read_ahead
 from moeflow.artifact.placement import check_placement
 from moeflow.artifact.reader import MANIFEST, PLAN
 from moeflow.artifact.records import Records
-from moeflow.artifact.shards import Written, check_numbers, write_experts, write_resident
+from moeflow.artifact.shards import Written, write_experts, write_resident
+from moeflow.artifact.sources import Source, check_numbers, expert_sources, resident_sources
 from moeflow.errors import CapacityError, UsageError
 from moeflow.files import atomic_writer, sha256_file, storage_errors, write_text
 from moeflow.progress import Progress, silent
@@ -157,9 +159,10 @@ class Packer:
             for outdated in (MANIFEST, PLAN):  # a plan belongs to its manifest
                 (self.output / outdated).unlink(missing_ok=True)
         done = 0
-        for unit in missing:
-            self._make(unit, done, total)
-            done += unit.nbytes
+        with read_ahead(self._sources(missing)) as sources:  # the next shard's too, while one is made durable
+            for unit in missing:
+                self._make(unit, sources, done, total)
+                done += unit.nbytes
         self.records.keep_only({unit.shard for unit in units})
         write_text(self.output / CARD, model_card(self.blueprint))  # for people, who may edit it: not in the manifest
         manifest = self._manifest(units, self._copy_companions())
@@ -171,7 +174,7 @@ class Packer:
         done, total = 0, sum(unit.nbytes for unit in units)
         for unit in units:
             self.progress(f"checking {unit.title}", done, total)
-            check_numbers(self.checkpoint, None if unit.layer is None else self.checkpoint.layers[unit.layer])
+            check_numbers(self.checkpoint, self._tasks(unit, torch.device("cpu")))
             done += unit.nbytes
 
     def _check_disk(self, needed: int) -> None:
@@ -183,14 +186,25 @@ class Packer:
                 "choose another output, or fewer bits"
             )
 
-    def _make(self, unit: _Unit, done: int, total: int) -> None:
+    def _sources(self, units: list[_Unit]) -> Iterator[Task[Source]]:
+        for unit in units:
+            yield from self._tasks(unit, self.device)
+
+    def _tasks(self, unit: _Unit, device: torch.device) -> Iterator[Task[Source]]:
+        """Reads all that a shard is made of."""
+        if unit.layer is None:
+            return resident_sources(self.checkpoint, self.blueprint.resident, device)
+        layer, layout = self.checkpoint.layers[unit.layer], self.blueprint.layout(unit.layer)
+        return expert_sources(self.checkpoint, layer, layout, device)
+
+    def _make(self, unit: _Unit, sources: Iterator[Source], done: int, total: int) -> None:
         advance = self._advance(unit.title, done, total)
         path = self.output / unit.shard
         if unit.layer is None:
-            written = write_resident(path, self.checkpoint, self.blueprint.resident, self.device, advance)
+            written = write_resident(path, self.checkpoint, self.blueprint.resident, sources, advance)
         else:
             layer, layout = self.checkpoint.layers[unit.layer], self.blueprint.layout(unit.layer)
-            written = write_experts(path, self.checkpoint, layer, layout, self.device, advance)
+            written = write_experts(path, self.checkpoint, layer, layout, self.device, sources, advance)
         self.records.save(unit.shard, unit.key, written.shard, self._note(unit, written))
 
     def _note(self, unit: _Unit, written: Written) -> dict[str, Any]:

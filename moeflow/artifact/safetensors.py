@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,6 +32,14 @@ ITEM = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16", "I32": "int32",
+    "U32": "uint32", "F32": "float32", "I64": "int64", "U64": "uint64", "F64": "float64",
+}  # fmt: skip
+"""torch's names."""
+CHUNK = 32 << 20  # bytes of page-locked memory through which a tensor goes to a device
+DURABLE = 32 << 20  # bytes written after which they are sent to the disk: the end of a shard then waits for few
 
 
 @dataclass(frozen=True)
@@ -104,41 +114,76 @@ def _info(file: Path, name: str, entry: dict[str, Any], start: int) -> TensorInf
     return TensorInfo(file, name, str(entry["dtype"]), tuple(entry["shape"]), start + begin, end - begin)
 
 
-def read_tensor(info: TensorInfo, index: int | None = None) -> torch.Tensor:
-    """Load one tensor into host memory, or what is at `index` of its first dimension."""
-    from safetensors import SafetensorError, safe_open
+def read_tensor(info: TensorInfo, index: int | None = None, device: torch.device | None = None) -> torch.Tensor:
+    """Load one tensor, or what is at `index` of its first dimension, into host memory or onto `device`."""
+    import torch
 
-    try:
-        with storage_errors(info.file, "read"), safe_open(info.file, framework="pt") as reader:
-            tensor: torch.Tensor = reader.get_tensor(info.name) if index is None else reader.get_slice(info.name)[index]
-    except SafetensorError as error:
-        raise CheckpointError(f"{info.file}: {info.name} cannot be read: {error}; fetch this file again") from error
+    shape = info.shape if index is None else info.shape[1:]
+    nbytes = prod(shape) * ITEM[info.dtype]
+    start = info.offset + (index or 0) * nbytes
+    tensor = torch.empty(shape, dtype=getattr(torch, DTYPES[info.dtype]), device=device)
+    raw = tensor.view(-1).view(torch.uint8)
+    staging = None if tensor.device.type == "cpu" else torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
+    with storage_errors(info.file, "read"), info.file.open("rb", buffering=0) as stream:
+        os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_WILLNEED)
+        for begin in range(0, nbytes, CHUNK):
+            part = raw[begin : begin + CHUNK]
+            target = part if staging is None else staging[: len(part)]
+            _fill(stream.fileno(), start + begin, target.numpy().data, info)
+            if staging is not None:
+                part.copy_(target)
     return tensor
+
+
+def _fill(file: int, offset: int, target: memoryview, info: TensorInfo) -> None:
+    """Read until `target` is full; a system call may end early."""
+    done = 0
+    while done < target.nbytes:
+        count = os.preadv(file, [target[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError(
+                f"{info.file}: {info.name} cannot be read: the file ends at byte {offset + done}; fetch this file again"
+            )
+        done += count
 
 
 class ShardWriter:
     """Takes the tensors of a shard in the order of its header and digests them."""
 
-    def __init__(self, stream: IO[bytes], path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]]):
+    def __init__(
+        self,
+        stream: IO[bytes],
+        path: Path,
+        entries: Sequence[tuple[str, str, tuple[int, ...]]],
+        pool: ThreadPoolExecutor,
+    ):
         self._stream = stream
+        self._pool = pool
+        self._pending = 0
         self._path = path
         self._sizes = [prod(shape) * ITEM[dtype] for _, dtype, shape in entries]
         self._file_digest = hashlib.sha256()
         self.digests: list[str] = []
         header = _header_bytes(entries, self._sizes)
         self.data_offset = len(header)
-        self._put(header)
-
-    def _put(self, data: bytes | memoryview) -> None:
-        self._file_digest.update(data)
-        self._stream.write(data)
+        self._file_digest.update(header)
+        stream.write(header)
 
     def write(self, data: memoryview) -> None:
         """Append the next tensor's bytes."""
         expected = self._sizes[len(self.digests)]
         assert data.nbytes == expected, f"tensor {len(self.digests)}: {data.nbytes} bytes, header says {expected}"
-        self.digests.append(hashlib.sha256(data).hexdigest())
-        self._put(data)
+        whole = self._pool.submit(self._file_digest.update, data)  # beside the tensor's own: both pass over all bytes
+        try:
+            self.digests.append(hashlib.sha256(data).hexdigest())
+            self._stream.write(data)
+            self._pending += data.nbytes
+            if self._pending >= DURABLE:
+                self._stream.flush()
+                os.fdatasync(self._stream.fileno())
+                self._pending = 0
+        finally:
+            whole.result()
 
     def shard(self) -> Shard:
         """The finished file's entry for the manifest."""
@@ -150,8 +195,8 @@ class ShardWriter:
 @contextlib.contextmanager
 def shard_writer(path: Path, entries: Sequence[tuple[str, str, tuple[int, ...]]]) -> Iterator[ShardWriter]:
     """Write a shard of `(name, dtype, shape)` entries; the file appears whole when the block ends, or not at all."""
-    with atomic_writer(path) as stream:
-        yield ShardWriter(stream, path, entries)
+    with atomic_writer(path) as stream, ThreadPoolExecutor(1, "moeflow-digest") as pool:
+        yield ShardWriter(stream, path, entries, pool)
 
 
 def _header_bytes(entries: Sequence[tuple[str, str, tuple[int, ...]]], sizes: Sequence[int]) -> bytes:

@@ -1,13 +1,15 @@
 """Quantizes the tensors of one shard and writes them: a layer's experts, or all that is resident.
 
-Memory stays at one expert (or one resident tensor) and its codes, whatever the model's size.
+Memory stays at one matrix with what its quantization takes, what is read ahead of it, and two experts' blobs, whatever
+the model's size: one blob is written while the next is filled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,16 @@ import torch
 from torch import Tensor
 
 from moeflow.artifact.checkpoint import Checkpoint
-from moeflow.artifact.layers import MoeLayer, Slice
+from moeflow.artifact.layers import MoeLayer
 from moeflow.artifact.matrix import encode, parts_of
+from moeflow.artifact.overlap import WriteBehind
 from moeflow.artifact.safetensors import ShardWriter, shard_writer
-from moeflow.artifact.stored import refuse_nan
+from moeflow.artifact.sources import Source, checked
+from moeflow.quantization.base import Quantizer
 from moeflow.quantization.registry import quantizer_for
 from moeflow.schema import BlobLayout, PackedMatrix, Shard
 
-__all__ = ["Written", "check_numbers", "write_experts", "write_resident"]
+__all__ = ["Written", "write_experts", "write_resident"]
 
 _STORED = {"uint8": "U8", "int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -57,79 +61,76 @@ def write_experts(
     layer: MoeLayer,
     layout: BlobLayout,
     device: torch.device,
+    sources: Iterator[Source],
     advance: Callable[[int], None],
 ) -> Written:
-    """Write one layer's blobs, `layers.L.experts.E`; `advance` is told the bytes of each."""
+    """Write one layer's blobs, `layers.L.experts.E`; `advance` is told the bytes of each.
+
+    Args:
+        path: of the shard.
+        checkpoint: what it is made of, for messages.
+        layer: its experts.
+        layout: of their blobs.
+        device: quantizes and packs.
+        sources: as `expert_sources` gives them, those of the layer first; what follows them is left.
+        advance: called in this thread, when a blob is about to be written.
+    """
     entries = [(f"layers.{layer.index}.experts.{e}", "U8", (layout.nbytes,)) for e in range(len(layer.experts))]
     quantizers = {m.name: quantizer_for(m.scheme) for m in layout.matrices}
-    blob = torch.zeros(layout.nbytes, dtype=torch.uint8)  # reused; the padding between parts stays zero
+    on_cuda = device.type == "cuda"
+    # Reused; the padding between parts stays zero.
+    buffers = [torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(2)]
+    packed = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device) if on_cuda else None
     error = _Error()
-    with shard_writer(path, entries) as writer:
-        for parts in layer.experts:
+    with shard_writer(path, entries) as writer, WriteBehind() as behind:
+        for expert in range(len(layer.experts)):
+            host = buffers[expert % 2]  # free: the write before the last one has ended
+            blob = host if packed is None else packed
             for matrix in layout.matrices:
-                roles = [matrix.name] if matrix.name in parts else ["gate", "up"]
-                weights = [_read_slice(checkpoint, parts[role], device) for role in roles]
-                biases = [_read_slice(checkpoint, parts[f"{matrix.name}_bias"], device)] if matrix.bias else []
-                error.add(encode(matrix, weights, quantizers[matrix.name], blob, biases))
-            writer.write(blob.numpy().data)
+                error.add(_encode(checkpoint, matrix, next(sources), quantizers[matrix.name], blob))
+            if packed is not None:
+                host.copy_(packed)
+            behind.submit(partial(writer.write, host.numpy().data))
             advance(layout.nbytes)
+        behind.drain()
     return _written(writer, error)
+
+
+def _encode(
+    checkpoint: Checkpoint, matrix: PackedMatrix, source: Source, quantizer: Quantizer, blob: Tensor
+) -> tuple[float, float]:
+    """Quantize what was read for `matrix` into `blob`; its memory is free again when this returns."""
+    tensors = checked(checkpoint, source)
+    weights, biases = (tensors[:-1], tensors[-1:]) if matrix.bias else (tensors, [])
+    return encode(matrix, weights, quantizer, blob, biases)
 
 
 def write_resident(
     path: Path,
     checkpoint: Checkpoint,
     packed: Mapping[str, PackedMatrix],
-    device: torch.device,
+    sources: Iterator[Source],
     advance: Callable[[int], None],
 ) -> Written:
-    """Write all that is no expert; matrices in `packed` as their parts, `NAME.PART`, the rest as it is."""
+    """Write all that is no expert; matrices in `packed` as their parts, `NAME.PART`, the rest as it is.
+
+    `sources` are those that `resident_sources` gives.
+    """
     error = _Error()
     with shard_writer(path, _resident_entries(checkpoint, packed)) as writer:
         for name, stored in checkpoint.resident.items():
-            tensor = _read(checkpoint, stored, torch.device("cpu"))
             if matrix := packed.get(name):
                 last = matrix.segments[-1]
-                blob = torch.zeros(last.offset + last.nbytes, dtype=torch.uint8)
-                error.add(encode(matrix, [tensor.to(device)], quantizer_for(matrix.scheme), blob))
+                source = next(sources)
+                blob = torch.zeros(last.offset + last.nbytes, dtype=torch.uint8, device=source[0][1].device)
+                error.add(_encode(checkpoint, matrix, source, quantizer_for(matrix.scheme), blob))
                 for part in parts_of(matrix, blob).values():
                     writer.write(_bytes(part))
             else:
-                writer.write(_bytes(tensor))
+                for tensor in checked(checkpoint, next(sources)):
+                    writer.write(_bytes(tensor))
             advance(checkpoint.tensors[stored].nbytes)
     return _written(writer, error)
-
-
-def check_numbers(checkpoint: Checkpoint, layer: MoeLayer | None) -> None:
-    """Read all that a layer's shard is made of, or the resident one, and write nothing.
-
-    Raises:
-        CheckpointError: a tensor holds NaN or infinity.
-    """
-    cpu = torch.device("cpu")
-    if layer is None:
-        for name in checkpoint.resident.values():
-            _read(checkpoint, name, cpu)
-        return
-    for parts in layer.experts:
-        for part in parts.values():
-            _read_slice(checkpoint, part, cpu)
-
-
-def _read(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
-    """A tensor of the checkpoint, on `device`; one NaN would spoil a group of weights and every sum after it."""
-    return _finite(checkpoint, name, checkpoint.read(name).to(device))
-
-
-def _read_slice(checkpoint: Checkpoint, part: Slice, device: torch.device) -> Tensor:
-    """One array of an expert, on `device`."""
-    return _finite(checkpoint, part.tensor, checkpoint.read_slice(part).to(device))
-
-
-def _finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point():
-        refuse_nan(checkpoint.tensors[name], ~torch.isfinite(tensor))
-    return tensor
 
 
 def _resident_entries(checkpoint: Checkpoint, packed: Mapping[str, PackedMatrix]) -> list[Any]:

@@ -34,8 +34,8 @@ class Stored(ABC):
         """The tensors on disk that it is made of."""
 
     @abstractmethod
-    def read(self, index: int | None = None) -> torch.Tensor:
-        """The plain tensor in host memory, or what is at `index` of its first dimension and nothing else.
+    def read(self, index: int | None = None, device: torch.device | None = None) -> torch.Tensor:
+        """The plain tensor, or what is at `index` of its first dimension and nothing else; on `device`, or the CPU.
 
         Raises:
             CheckpointError: the file cannot be read, or holds encodings that are no numbers.
@@ -50,8 +50,8 @@ class Plain(Stored):
     def parts(self) -> tuple[TensorInfo, ...]:  # noqa: D102
         return (self.info,)
 
-    def read(self, index: int | None = None) -> torch.Tensor:  # noqa: D102
-        return read_tensor(self.info, index)
+    def read(self, index: int | None = None, device: torch.device | None = None) -> torch.Tensor:  # noqa: D102
+        return read_tensor(self.info, index, device)
 
 
 def as_plain(part: TensorInfo, name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
