@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from moeflow.artifact.layout import ALIGNMENT
 from moeflow.kernels.dequantize import affine, codebook, pairs, row_scaled
 from moeflow.kernels.packing import pack
 from moeflow.quantization.base import Codes, Quantizer
-from moeflow.quantization.blocks import row_slices
 from moeflow.schema import BitsAndBytesScheme, DenseScheme, PackedMatrix, Scheme, Segment
+
+AT_ONCE = 1 << 23  # numbers of a matrix that are packed and restored at once
 
 __all__ = ["allocate_blobs", "encode", "segment_view", "parts_of", "dequantize"]
 
@@ -64,7 +65,7 @@ def encode(
     row = 0
     for weight in weights:
         stored = quantizer.quantize(weight)
-        for block in row_slices(weight):
+        for block in _row_slices(weight):
             place = {name: part[row + block.start : row + block.stop] for name, part in parts.items()}
             arrays = _arrays(matrix.scheme, stored, block)
             assert arrays.keys() == place.keys(), "the backend gives what the layout has"
@@ -76,6 +77,13 @@ def encode(
         row += len(weight)
     assert row == matrix.rows, "the matrix has the rows of its weights"
     return float(error), float(square)
+
+
+def _row_slices(matrix: Tensor) -> Iterator[slice]:
+    """Rows of `matrix` [N, K] that are packed and restored at once: what is restored is twice as large in float32."""
+    step = max(1, AT_ONCE // matrix.shape[1])
+    for begin in range(0, matrix.shape[0], step):
+        yield slice(begin, min(matrix.shape[0], begin + step))
 
 
 def _arrays(scheme: Scheme, stored: Codes | Tensor, rows: slice) -> dict[str, Tensor]:

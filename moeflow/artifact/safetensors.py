@@ -125,24 +125,26 @@ def read_tensor(info: TensorInfo, index: int | None = None, device: torch.device
     raw = tensor.view(-1).view(torch.uint8)
     staging = None if tensor.device.type == "cpu" else torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
     with storage_errors(info.file, "read"), info.file.open("rb", buffering=0) as stream:
-        os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_WILLNEED)
+        stream.seek(start)
         for begin in range(0, nbytes, CHUNK):
             part = raw[begin : begin + CHUNK]
             target = part if staging is None else staging[: len(part)]
-            _fill(stream.fileno(), start + begin, target.numpy().data, info)
+            _fill(stream, target.numpy().data, info)
             if staging is not None:
                 part.copy_(target)
     return tensor
 
 
-def _fill(file: int, offset: int, target: memoryview, info: TensorInfo) -> None:
+def _fill(stream: IO[bytes], target: memoryview, info: TensorInfo) -> None:
     """Read until `target` is full; a system call may end early."""
     done = 0
     while done < target.nbytes:
-        count = os.preadv(file, [target[done:]], offset + done)
-        if count == 0:
+        count = stream.readinto(target[done:])  # type: ignore[attr-defined]
+        if not count:
             raise CheckpointError(
-                f"{info.file}: {info.name} cannot be read: the file ends at byte {offset + done}; fetch this file again"
+                f"{info.file}: {info.name} cannot be read: the file ends at byte {stream.tell()}; fetch this file again"
             )
         done += count
 
@@ -180,7 +182,7 @@ class ShardWriter:
             self._pending += data.nbytes
             if self._pending >= DURABLE:
                 self._stream.flush()
-                os.fdatasync(self._stream.fileno())
+                getattr(os, "fdatasync", os.fsync)(self._stream.fileno())
                 self._pending = 0
         finally:
             whole.result()

@@ -1,8 +1,8 @@
 """What our artifacts restore against what hqq restores, at the same settings, from packed bytes to packed bytes.
 
-The solver is hqq's to the last bit on the CPU (test_hqq.py), so this shows that nothing is lost after it: neither by
-packing, nor by 16-bit pairs, nor by choosing codes anew under 8-bit ones. hqq is taken as its layers keep it: scale
-and zero in float16 or as 8-bit codes in blocks of 128 (its `offload_meta`), everything computed in 16 bits.
+hqq itself finds codes and pairs, so this shows that nothing is lost after it: neither by packing, nor by 16-bit pairs,
+nor by choosing codes anew under 8-bit ones. hqq is taken as its layers keep it: scale and zero in float16 or as 8-bit
+codes in blocks of 128 (its `offload_meta`), everything computed in 16 bits.
 """
 
 from __future__ import annotations
