@@ -87,7 +87,7 @@ class HostExecution:
 
     def forward(self, ids: Sequence[int] | Tensor, kv: KvCache, last: int) -> Tensor:
         """Logits of the last `last` tokens."""
-        inputs = torch.tensor([list(ids)], device=self._device)
+        inputs = torch.tensor([ids.tolist() if isinstance(ids, Tensor) else list(ids)], device=self._device)
         rows = []
         for piece in inputs.split(1, dim=1) if self._stepwise and kv.length else [inputs]:
             output = self._model(input_ids=piece, use_cache=True, logits_to_keep=last, **{self._cache_name: kv.cache})

@@ -13,8 +13,13 @@ import torch
 
 from moeflow.errors import DeviceError
 from moeflow.offload.mover import Blobs, Mover, pays
+from moeflow.probe.devices import find_cpu
 
 __all__ = ["CopyEngine", "copy_engine_mover"]
+
+# During a pass the mover waits on one core and whoever reads tokens on another; with none left for all others, the
+# mover would be held up for whole time slices. Measured on 16.
+LEAST_CORES = 4
 
 
 def copy_engine_mover(device: torch.device, layers: Sequence[Blobs], jobs: int) -> Mover | None:
@@ -23,7 +28,9 @@ def copy_engine_mover(device: torch.device, layers: Sequence[Blobs], jobs: int) 
     Raises:
         DeviceError: it would be, but cannot be fed on this system.
     """
-    return Mover(CopyEngine(device), layers, jobs, device) if pays(layers) else None
+    if not pays(layers) or find_cpu().cores < LEAST_CORES:
+        return None
+    return Mover(CopyEngine(device), layers, jobs, device)
 
 
 class CopyEngine:

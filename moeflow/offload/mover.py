@@ -107,7 +107,7 @@ class Mover:
         self._lock = SpinLock(self.post.data_ptr() + 4 * LOCK)
         self.opened = self._lock.opened
         self._copier, self._layers = copier, layers
-        self._turn = self._started = 0
+        self._turn = self._started = self._ended = 0  # passes begun, and those whose last request was carried out
         self._taken_back = 0
         self._alone = self._late = self._closing = False
         self._moving = threading.Lock()
@@ -172,7 +172,7 @@ class Mover:
         self.desk[ALONE : ALONE + 1].fill_(1)
         self._alone = True
         self._read[POST_TURN:] = 0
-        self._turn = self._started = 0
+        self._turn = self._started = self._ended = 0
         self._lock.open()  # a thread that waits for a pass to end sees that there is none
 
     def close(self) -> None:
@@ -204,14 +204,14 @@ class Mover:
 
     def _idle(self) -> bool:
         """Whether nothing can come before the next `begin`: all passes are over, or go on without this thread."""
-        return int(self._read[POST_ENDED]) == self._started or bool(self._read[TAKEN_BACK])
+        return self._ended == self._started or bool(self._read[TAKEN_BACK])
 
     def _move(self) -> None:
         """Pass on what was asked for, unless it is an old request or was taken back."""
         turn = int(self._read[POST_TURN])
         if turn == self._turn or int(self._read[TAKEN_BACK]) == turn:
             return
-        self._turn = turn
+        self._turn, self._ended = turn, int(self._read[POST_ENDED])
         blobs, count = self._layers[int(self._read[POST_LAYER])], int(self._read[POST_COUNT])
         jobs = self._read[POST_JOBS : POST_JOBS + 3 * count].reshape(count, 3).tolist()
         for half in (0, 1):

@@ -15,10 +15,12 @@ import torch
 from test_device_cache import CPU, PIECE, WARPS, emulator, make
 
 from moeflow.errors import DeviceError
+from moeflow.offload import copy_engine
 from moeflow.offload.device import DeviceCache
-from moeflow.offload.mover import FORGIVEN, Mover
+from moeflow.offload.mover import FORGIVEN, Blobs, Mover
 from moeflow.offload.spin_lock import SpinLock
 from moeflow.offload.traffic import Traffic
+from moeflow.schema.hardware import Cpu
 
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="no g++")
 
@@ -283,3 +285,17 @@ def test_where_nothing_can_feed_the_engine_kernels_copy() -> None:
     assert cache.alone is not None
     assert "no libcuda" in cache.alone
     step(cache, host, 0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "split", "fed"), [(16, 9000, True), (4, 1024, True), (2, 9000, False), (16, 1023, False)]
+)
+def test_the_copy_engine_is_fed_where_that_pays(
+    monkeypatch: pytest.MonkeyPatch, cores: int, split: int, fed: bool
+) -> None:
+    monkeypatch.setattr(copy_engine, "find_cpu", lambda: Cpu(name="x", cores=cores))
+    monkeypatch.setattr(copy_engine, "CopyEngine", lambda _: Memory())
+    mover = copy_engine.copy_engine_mover(CPU, [Blobs(0, 0, 2 * split * PIECE, split)] * 2, 4)
+    assert (mover is not None) == fed
+    if mover:
+        mover.close()
