@@ -7,42 +7,23 @@ says, and some boards of one name exist in two sizes. Machines without a GPU hav
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from moeflow.errors import DocumentError, unknown
 from moeflow.files import data_dir
+from moeflow.probe.nearest import Sought, nearest
 from moeflow.schema import HardwareProfile
 
 __all__ = ["match", "known_hardware", "find_hardware"]
-
-TOLERANCE = 0.1  # of the known memory
-BRANDS = {"nvidia", "geforce", "tesla"}  # at the start only
 
 
 def match(probed: HardwareProfile, known: Iterable[HardwareProfile]) -> HardwareProfile | None:
     """The profile of `known` with the same GPU, the nearest in memory if there are several."""
     if probed.gpu is None:
         return None
-    name, memory = _plain(probed.gpu.name), probed.gpu.memory
-    near = [
-        (abs(memory - profile.gpu.memory), profile)
-        for profile in known
-        if profile.gpu
-        and _plain(profile.gpu.name) == name
-        and abs(memory - profile.gpu.memory) <= TOLERANCE * profile.gpu.memory
-    ]
-    return min(near, key=lambda pair: pair[0])[1] if near else None
-
-
-def _plain(gpu: str) -> tuple[str, ...]:
-    """The words of a GPU's name in lower case, without brand in front and without sizes such as 80GB."""
-    text = re.sub(r"\b\d+\s*gi?b\b", " ", gpu.lower())
-    words = re.findall(r"[a-z0-9]+", text)
-    while words and words[0] in BRANDS:
-        words.pop(0)
-    return tuple(words)
+    found = nearest(Sought.of(probed), known)
+    return found[0].profile if found and found[0].kind == "same" else None
 
 
 def known_hardware() -> dict[str, HardwareProfile]:
