@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moeflow.cli_bench import bench
+from moeflow.cli_hardware import hardware as hardware_commands
 from moeflow.cli_pack import pack
 from moeflow.errors import MoeflowError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 
 app.command()(bench)
+app.add_typer(hardware_commands, name="hardware")
 _debug = False
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]

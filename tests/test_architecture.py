@@ -27,7 +27,7 @@ LAYERS = [
     {"bench", "pipeline"},
     {"reporting"},
     {"console"},
-    {"cli_bench", "cli_pack"},
+    {"cli_bench", "cli_hardware", "cli_pack"},
     {"cli"},
     {"__main__"},
 ]

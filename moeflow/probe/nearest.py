@@ -61,6 +61,10 @@ class Sought:
         """Whether anything of a GPU is known."""
         return any(v is not None for v in (self.name, self.compute_capability, self.memory, self.memory_bandwidth))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; sizes in bytes, rates in bytes a second."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class _Number:
@@ -107,7 +111,8 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the profile by its name."""
-        return {**asdict(self), "profile": self.profile.name}
+        texts = {key: list(getattr(self, key)) for key in ("same", "differs", "unknown")}
+        return {"profile": self.profile.name, "kind": self.kind, **texts}
 
 
 def nearest(sought: Sought, known: Iterable[HardwareProfile]) -> list[Finding]:
