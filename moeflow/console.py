@@ -136,7 +136,7 @@ def show_sources(profile: HardwareProfile, to: Console = out) -> None:
         "disk.read": format_rate,
     }
     rows = [(name, written.get(name, str)(value), profile.source(name)) for name, value in profile.values().items()]
-    _grid(to, f"{profile.name}: {profile.description}", ("value", "", "source"), rows)
+    _grid(to, escape(f"{profile.name}: {profile.description}"), ("value", "", "source"), rows)
 
 
 KINDS = {"same": "the same GPU", "variant": "another version of this GPU", "nearest": "another one, the nearest"}
@@ -153,7 +153,7 @@ def show_findings(title: str, findings: Sequence[Finding], to: Console = out) ->
     ]
     if best.kind != "same" and others:
         rows.append(("then", ", ".join(finding.profile.name for finding in others)))
-    _facts(to, title, rows)
+    _facts(to, escape(title), rows)
 
 
 def show_plan(plan: Plan, to: Console = err) -> None:

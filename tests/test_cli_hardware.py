@@ -87,6 +87,11 @@ def test_match_of_a_name_says_what_differs(hardware: Run) -> None:
     }  # fmt: skip
 
 
+def test_words_in_brackets_are_text(hardware: Run) -> None:
+    code, out, _ = hardware("match", "--name", "RTX 4090 [/red]")
+    assert (code, out.splitlines()[0].strip()) == (0, "RTX 4090 [/red]")
+
+
 def test_match_of_this_machine(hardware: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(name="NVIDIA GeForce RTX 4090", memory=24564 << 20, compute_capability="8.9")
     monkeypatch.setattr(devices, "find_gpu", lambda: gpu)
