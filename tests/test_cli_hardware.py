@@ -106,6 +106,23 @@ def test_match_of_this_machine(hardware: Run, monkeypatch: pytest.MonkeyPatch) -
     assert "another one, the nearest  cpu-2-cores" in hardware("match")[1]
 
 
+def test_probe_says_which_machine_it_is_like_and_what_differs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moeflow.probe import machine
+
+    known = find_hardware("rtx-4060-ti-16gb")
+    assert known.gpu is not None
+    half = known.model_copy(update={"gpu": known.gpu.model_copy(update={"memory": 8188 << 20})})
+    monkeypatch.setattr(machine, "probe", lambda **_: half)
+    monkeypatch.setattr(sys, "argv", ["moeflow", "probe"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    out = capsys.readouterr().out
+    assert "another version of this GPU  rtx-4060-ti-16gb" in out
+    assert "memory is 8 GiB, in the file 16 GiB" in out
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_match_of_a_file_is_itself(hardware: Run, path: Path) -> None:
     code, out, _ = hardware("match", "--file", path, "--json")

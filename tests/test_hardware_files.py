@@ -84,4 +84,5 @@ def test_a_source_names_its_value_and_its_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_machine_is_recognised_as_itself_only(name: str) -> None:
     profile = find_hardware(name)
-    assert match(profile, known_hardware().values()) == (profile if profile.gpu else None)
+    found = match(profile, known_hardware().values())
+    assert (found and found.profile) == (profile if profile.gpu else None)

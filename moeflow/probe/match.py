@@ -2,7 +2,7 @@
 
 A GPU is the same if its name is, apart from what makers and drivers add or leave out between versions
 ("NVIDIA GeForce RTX 3060", "GeForce RTX 3060"), and its memory nearly is: drivers report less than the label
-says, and some boards of one name exist in two sizes. Machines without a GPU have nothing to be known by.
+says. With the same name and another memory it is a variant. Machines without a GPU have nothing to be known by.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 
 from moeflow.errors import DocumentError, unknown
 from moeflow.files import data_dir
-from moeflow.probe.nearest import Sought, nearest
+from moeflow.probe.nearest import Finding, Sought, nearest
 from moeflow.schema import HardwareProfile
 
 __all__ = ["match", "known_hardware", "find_hardware"]
 
 
-def match(probed: HardwareProfile, known: Iterable[HardwareProfile]) -> HardwareProfile | None:
-    """The profile of `known` with the same GPU, the nearest in memory if there are several."""
+def match(probed: HardwareProfile, known: Iterable[HardwareProfile]) -> Finding | None:
+    """The profile of `known` with the same GPU, or else a variant of it, and what differs; the nearest in memory."""
     if probed.gpu is None:
         return None
     found = nearest(Sought.of(probed), known)
-    return found[0].profile if found and found[0].kind == "same" else None
+    return found[0] if found and found[0].kind != "nearest" else None
 
 
 def known_hardware() -> dict[str, HardwareProfile]:
