@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moeflow.cli_bench import bench
+from moeflow.cli_hardware import hardware as hardware_commands
 from moeflow.cli_pack import pack
 from moeflow.errors import MoeflowError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 
 app.command()(bench)
+app.add_typer(hardware_commands, name="hardware")
 _debug = False
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -77,7 +79,7 @@ def probe(
     as_json: Json = False,
 ) -> None:
     """Measure this machine: GPU, memory, link. The file is shareable; it names no host and no user."""
-    from moeflow.console import out, show_hardware
+    from moeflow.console import out, show_findings, show_hardware
     from moeflow.probe.machine import probe as measure
     from moeflow.probe.match import known_hardware, match
 
@@ -87,8 +89,8 @@ def probe(
     if as_json:
         return typer.echo(hardware.to_json(), nl=False)
     show_hardware(hardware, to=out)
-    if known := match(hardware, known_hardware().values()):
-        typer.echo(f"like hardware/{known.name}.yaml: {known.description}")
+    if found := match(hardware, known_hardware().values()):
+        show_findings("in hardware/", [found], to=out)
     return None
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from moeflow.progress import Progress
 from moeflow.schema import HardwareProfile, Manifest, Plan
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moeflow.generation import Statistics
     from moeflow.planning.forecast import Forecast
     from moeflow.planning.search import Candidate
+    from moeflow.probe.nearest import Finding
 
 __all__ = [
     "err",
@@ -29,10 +30,13 @@ __all__ = [
     "progress_bar",
     "say",
     "show_candidates",
+    "show_findings",
     "show_forecast",
     "show_hardware",
+    "show_machines",
     "show_manifest",
     "show_plan",
+    "show_sources",
     "show_stats",
 ]
 
@@ -77,7 +81,8 @@ def _facts(to: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def _grid(to: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*headings, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="cyan")
+    columns = (Column(heading, overflow="fold") for heading in headings)  # never "...": a cell cut short is no answer
+    table = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="cyan")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     to.print(table)
@@ -97,6 +102,58 @@ def show_hardware(hardware: HardwareProfile, to: Console = err) -> None:
     if hardware.disk:
         rows.append(("disk", f"{format_rate(hardware.disk.read)} read"))
     _facts(to, f"{hardware.name} ({hardware.origin})", rows)
+
+
+def show_machines(profiles: Iterable[HardwareProfile], to: Console = out) -> None:
+    """Machines, one a line."""
+    rows = [
+        (
+            profile.name,
+            _short_name(profile.gpu.name) if profile.gpu else "none",
+            format_size(profile.gpu.memory) if profile.gpu else "",
+            format_rate(profile.gpu.memory_bandwidth) if profile.gpu and profile.gpu.memory_bandwidth else "",
+            format_rate(profile.link.host_to_device),
+            profile.origin,
+        )
+        for profile in profiles
+    ]
+    _grid(to, "machines in hardware/", ("name", "GPU", "memory", "its rate", "link", "rates are"), rows)
+
+
+def _short_name(gpu: str) -> str:
+    return gpu.removeprefix("NVIDIA ").removeprefix("GeForce ").removesuffix(" GPU")
+
+
+def show_sources(profile: HardwareProfile, to: Console = out) -> None:
+    """A machine's values, each with where it comes from."""
+    written = {
+        "gpu.memory": format_size,
+        "gpu.memory_bandwidth": format_rate,
+        "cpu.memory_bandwidth": format_rate,
+        "ram": format_size,
+        "link.host_to_device": format_rate,
+        "link.pcie": lambda bus: f"{bus.generation}.0 x{bus.lanes}",
+        "disk.read": format_rate,
+    }
+    rows = [(name, written.get(name, str)(value), profile.source(name)) for name, value in profile.values().items()]
+    _grid(to, escape(f"{profile.name}: {profile.description}"), ("value", "", "source"), rows)
+
+
+KINDS = {"same": "the same GPU", "variant": "another version of this GPU", "nearest": "another one, the nearest"}
+
+
+def show_findings(title: str, findings: Sequence[Finding], to: Console = out) -> None:
+    """The nearest machine with what matches and what differs, and the names of those behind it."""
+    best, *others = findings
+    rows = [
+        (KINDS[best.kind], best.profile.name),
+        ("same", ", ".join(best.same) or "nothing"),
+        ("differs", "\n".join(best.differs) or "nothing"),
+        ("not known", ", ".join(best.unknown) or "nothing"),
+    ]
+    if best.kind != "same" and others:
+        rows.append(("then", ", ".join(finding.profile.name for finding in others)))
+    _facts(to, escape(title), rows)
 
 
 def show_plan(plan: Plan, to: Console = err) -> None:

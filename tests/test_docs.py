@@ -31,8 +31,10 @@ def _keys(schema: str) -> dict[str, list[str]]:
 
 def test_cli_page_has_every_command_option_and_sentence() -> None:
     words = " ".join(re.sub(r"[│╭╮╰╯─┃]", " ", (ROOT / "docs/cli.md").read_text()).split())
-    group = typer.main.get_command(cli.app)
-    for name, command in group.commands.items():
+    commands = dict(typer.main.get_command(cli.app).commands)
+    for group in [name for name, command in commands.items() if hasattr(command, "commands")]:
+        commands |= {f"{group} {name}": command for name, command in commands[group].commands.items()}
+    for name, command in commands.items():
         assert f"## moeflow {name}" in words
         assert " ".join((command.help or "").split()) in words
         for parameter in command.params:

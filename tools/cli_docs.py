@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import typer.main
+
 from moeflow.cli import app
 
 HEAD = """# The command line
@@ -39,10 +41,17 @@ def help_of(*command: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
 
 
+def commands() -> list[tuple[str, ...]]:
+    """Every command in the order of the help, those of a group behind it."""
+    found: list[tuple[str, ...]] = []
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        found += [(name,), *((name, inner) for inner in getattr(command, "commands", ()))]
+    return found
+
+
 def page() -> str:
-    names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     parts = [HEAD, f"## moeflow\n\n```\n{help_of()}\n```\n"]
-    parts += [f"## moeflow {name}\n\n```\n{help_of(name)}\n```\n" for name in names]
+    parts += [f"## moeflow {' '.join(names)}\n\n```\n{help_of(*names)}\n```\n" for names in commands()]
     return "\n".join(parts)
 
 

@@ -50,7 +50,7 @@ def probe(name: str = "this-machine", progress: Progress = silent, directory: Pa
     else:
         link = bandwidth.copy_rate(buffer, progress)
     cpu = cpu.model_copy(update={"memory_bandwidth": _rounded(bandwidth.read_rate(buffer, progress))})
-    return HardwareProfile(
+    profile = HardwareProfile(
         name=name,
         description="; ".join(part for part in (_summary(gpu, cpu.cores), remark) if part),
         origin="measured",
@@ -60,6 +60,13 @@ def probe(name: str = "this-machine", progress: Progress = silent, directory: Pa
         link=Link(host_to_device=_rounded(link)),
         disk=Disk(read=_rounded(disk_rate(directory, progress))) if directory else None,
     )
+    return profile.model_copy(update={"sources": {value: _source(value) for value in profile.values()}})
+
+
+def _source(value: str) -> str:
+    """What a shared file says of each value; ours are all from the machine itself."""
+    timed = value.endswith((".memory_bandwidth", ".host_to_device", ".read"))
+    return "measured, moeflow probe" if timed else "measured, as the driver or the operating system reports it"
 
 
 def _usable_gpu() -> tuple[Gpu | None, str]:

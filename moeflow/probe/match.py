@@ -2,47 +2,28 @@
 
 A GPU is the same if its name is, apart from what makers and drivers add or leave out between versions
 ("NVIDIA GeForce RTX 3060", "GeForce RTX 3060"), and its memory nearly is: drivers report less than the label
-says, and some boards of one name exist in two sizes. Machines without a GPU have nothing to be known by.
+says. With the same name and another memory it is a variant. Machines without a GPU have nothing to be known by.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from moeflow.errors import DocumentError, unknown
 from moeflow.files import data_dir
+from moeflow.probe.nearest import Finding, Sought, nearest
 from moeflow.schema import HardwareProfile
 
 __all__ = ["match", "known_hardware", "find_hardware"]
 
-TOLERANCE = 0.1  # of the known memory
-BRANDS = {"nvidia", "geforce", "tesla"}  # at the start only
 
-
-def match(probed: HardwareProfile, known: Iterable[HardwareProfile]) -> HardwareProfile | None:
-    """The profile of `known` with the same GPU, the nearest in memory if there are several."""
+def match(probed: HardwareProfile, known: Iterable[HardwareProfile]) -> Finding | None:
+    """The profile of `known` with the same GPU, or else a variant of it, and what differs; the nearest in memory."""
     if probed.gpu is None:
         return None
-    name, memory = _plain(probed.gpu.name), probed.gpu.memory
-    near = [
-        (abs(memory - profile.gpu.memory), profile)
-        for profile in known
-        if profile.gpu
-        and _plain(profile.gpu.name) == name
-        and abs(memory - profile.gpu.memory) <= TOLERANCE * profile.gpu.memory
-    ]
-    return min(near, key=lambda pair: pair[0])[1] if near else None
-
-
-def _plain(gpu: str) -> tuple[str, ...]:
-    """The words of a GPU's name in lower case, without brand in front and without sizes such as 80GB."""
-    text = re.sub(r"\b\d+\s*gi?b\b", " ", gpu.lower())
-    words = re.findall(r"[a-z0-9]+", text)
-    while words and words[0] in BRANDS:
-        words.pop(0)
-    return tuple(words)
+    found = nearest(Sought.of(probed), known)
+    return found[0] if found and found[0].kind != "nearest" else None
 
 
 def known_hardware() -> dict[str, HardwareProfile]:

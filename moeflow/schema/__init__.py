@@ -2,7 +2,7 @@
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.benchmark import Benchmark, BenchmarkRow, Environment, Limits
-from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Link
+from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Link, Pcie
 from moeflow.schema.manifest import (
     BlobLayout,
     ExpertLayer,
@@ -49,6 +49,7 @@ __all__ = [
     "Override",
     "PackedMatrix",
     "Part",
+    "Pcie",
     "Plan",
     "PlannedPrefetch",
     "Prediction",

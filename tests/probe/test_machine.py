@@ -112,6 +112,8 @@ def test_the_profile_is_shareable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     profile = probe(directory=tmp_path)
     assert profile.disk is not None
     assert profile.disk.read > 0
+    assert set(profile.sources) == set(profile.values())
+    assert profile.source("disk.read") == "measured, moeflow probe"
     profile.save(tmp_path / "hardware.yaml")
     assert HardwareProfile.load(tmp_path / "hardware.yaml") == profile
     text = profile.to_yaml()

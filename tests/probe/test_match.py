@@ -58,8 +58,15 @@ KNOWN = [
     ],
 )
 def test_the_same_gpu_and_near_misses(gpu: str, memory: float, found: str | None) -> None:
-    profile = match(machine("probed", gpu, memory), KNOWN)
-    assert (profile.name if profile else None) == found
+    best = match(machine("probed", gpu, memory), KNOWN)
+    assert (best.profile.name if best and best.kind == "same" else None) == found
+
+
+def test_another_memory_is_a_variant_and_said() -> None:
+    best = match(machine("probed", "NVIDIA GeForce RTX 3060", 8), KNOWN)
+    assert best is not None
+    assert (best.profile.name, best.kind) == ("rtx-3060", "variant")
+    assert best.differs == ("memory is 8 GiB, in the file 12 GiB",)
 
 
 def test_without_a_gpu_nothing_matches() -> None:
@@ -76,7 +83,7 @@ def test_the_nearest_memory_wins() -> None:
         for known in (pair, pair[::-1]):
             found = match(machine("probed", "NVIDIA X", probed), known)
             assert found is not None
-            assert found.name == name
+            assert found.profile.name == name
 
 
 @pytest.fixture
