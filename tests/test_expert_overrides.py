@@ -160,6 +160,14 @@ def test_shards_that_other_overrides_left_are_kept_and_their_layouts_numbered_an
     assert list(Artifact.open(tmp_path / "a").verify()) == []
 
 
+def test_a_shard_is_made_anew_when_other_experts_are_meant(checkpoint: Path, tmp_path: Path) -> None:
+    """The same layouts, as many of each, met in the same order."""
+    moved = quantization(2, {"layers": 1, "only_experts": "1,4", "experts": hqq(4)})
+    _manifest(checkpoint, MIXED, tmp_path / "a")
+    assert _manifest(checkpoint, moved, tmp_path / "a") == _manifest(checkpoint, moved, tmp_path / "b")
+    assert list(Artifact.open(tmp_path / "a").verify()) == []
+
+
 @pytest.mark.parametrize("expert", [1, 2, 3, 7])
 def test_verify_names_the_expert_that_a_flipped_bit_hit(artifact: Path, expert: int) -> None:
     opened = Artifact.open(artifact)
@@ -244,6 +252,24 @@ def test_the_host_computes_what_the_dequantized_weights_do(artifact: Path, ram: 
     with moeflow.load(artifact, experts_per_layer=k, ram=ram, prefetch_depth=prefetch) as engine:
         assert (engine.plan.prefetch.depth > 0) == bool(prefetch)
         assert_follows(engine, model, ids, chunks=(512, 1))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_of_every_backend_in_one_layer(
+    checkpoint_factory: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    """gpt-oss has biases, and interleaved gates."""
+    schemes = [
+        {**hqq(3), "metadata_bits": 8}, {"backend": "none"}, {"backend": "bitsandbytes", "format": "nf4"},
+        {"backend": "bitsandbytes", "format": "int8"}, hqq(8),
+    ]  # fmt: skip
+    entries = [{"layers": "0-1", "only_experts": i, "experts": scheme} for i, scheme in enumerate(schemes, start=2)]
+    wanted = quantization(2, *entries)
+    profile = {"model": str(checkpoint_factory(family)), "quantization": wanted.model_dump(), "context_length": 128}
+    directory = moeflow.pack({**profile, "hardware": "cpu-2-cores"}, tmp_path / "a")
+    assert [len(set(layer.expert_layouts)) for layer in Artifact.open(directory).manifest.layers[:2]] == [6, 6]
+    with moeflow.load(directory, experts_per_layer=2) as engine:
+        assert_follows(engine, dequantized_model(directory), _ids(24), chunks=(512, 1))
 
 
 def test_the_expected_weights_are_no_other_models(artifact: Path, pack: Callable[[Quantization], Path]) -> None:
