@@ -28,9 +28,13 @@ from moeflow.artifact.safetensors import ShardWriter
 from moeflow.console import show_manifest
 from moeflow.engine import Engine
 from moeflow.errors import DocumentError
+from moeflow.offload.link import CudaLink
+from moeflow.offload.store import HostStore
 from moeflow.pipeline import _plan_for
+from moeflow.planning.cost import predict
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import ModelSizes
+from moeflow.planning.workspace import matrices
 from moeflow.probe.match import find_hardware
 from moeflow.schema import Manifest, Profile, Quantization
 
@@ -238,6 +242,24 @@ def test_a_plan_counts_what_is_allocated(artifact: Path, hardware: str, k: Any, 
     assert plan.ram_nbytes + plan.disk_nbytes == manifest.expert_nbytes
 
 
+def test_a_prediction_takes_the_mean_blob(artifact: Path) -> None:
+    """Experts are taken to be equally likely: a layer's copies cost what its blobs weigh on average."""
+    manifest, hardware = Artifact.open(artifact).manifest, find_hardware("rtx-3060")
+    sizes = ModelSizes.of_manifest(manifest)
+    found = predict(sizes, hardware, (4, 4, 4), (EXPERTS,) * LAYERS, "full")
+    assert found is not None
+    assert found.missed_bytes == manifest.expert_nbytes / EXPERTS  # of two experts a layer, half are cached
+    resident = sizes.resident_packed + sizes.resident_dense
+    assert found.read_bytes == 2 * manifest.expert_nbytes / EXPERTS + resident
+
+
+def test_a_plan_for_the_device_has_room_for_the_host_that_takes_over(artifact: Path, checkpoint: Path) -> None:
+    sizes = ModelSizes.of_manifest(Artifact.open(artifact).manifest)
+    alike = ModelSizes.of_checkpoint(Checkpoint.open(checkpoint), quantization(2))
+    assert matrices(sizes, "float16", "device") == matrices(sizes, "float16", "host")
+    assert matrices(alike, "float16", "device") < matrices(alike, "float16", "host")
+
+
 # -- running -----------------------------------------------------------------------------------------------
 
 
@@ -296,6 +318,33 @@ def test_bytes_that_travelled_are_the_blobs_own(artifact: Path) -> None:
         engine._execution.runner.cache._link.fetch = fetch
         engine.logits(_ids(16), chunk=1)
         assert engine.traffic.missed_bytes == moved > 0
+
+
+def test_neighbours_of_different_sizes_travel_together_up_to_a_bound(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CUDA link copies at once, without CUDA: runs tile the layer, and each blob lands in its place."""
+    opened = Artifact.open(artifact)
+    store = HostStore(opened, (EXPERTS,) * LAYERS, pin=False)
+    monkeypatch.setattr(store, "locked", lambda _: True)
+    small, large = (layout.nbytes for layout in opened.manifest.layouts)
+    assert large == 2 * small
+    link = object.__new__(CudaLink)
+    link._store = store
+    for bound, expected in (
+        (3 * small, [(0, 2), (2, 2), (4, 3), (7, 1)]),
+        (small, [(e, 1) for e in range(EXPERTS)]),
+        (EXPERTS * large, [(0, EXPERTS)]),
+    ):
+        monkeypatch.setattr("moeflow.offload.link.RUN", bound)
+        runs = list(link._runs(1, range(EXPERTS)))
+        assert runs == expected
+        buffer = torch.zeros(opened.manifest.starts(1)[-1], dtype=torch.uint8)
+        for first, count in runs:
+            buffer[store.place(1, first, count)].copy_(store.view(1, first, count))
+        start = 0
+        for blob in load_file(opened.shard_path(1)).values():
+            assert torch.equal(buffer[start : (start := start + blob.nbytes)], blob)
 
 
 def test_the_device_path_refuses_and_the_host_takes_over(artifact: Path) -> None:
