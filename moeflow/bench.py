@@ -189,7 +189,8 @@ def _warm_up(plan: Plan, settings: Settings) -> int:
 
 def _read_bytes(manifest: Manifest, engine: Engine) -> int:
     """Bytes that a token reads from device memory: its experts and all resident weights, of the embedding one row."""
-    experts = sum(manifest.model.top_k * manifest.layout_of(i).nbytes for i in range(len(manifest.layers)))
+    top_k, layers = manifest.model.top_k, enumerate(manifest.layers)
+    experts = sum(top_k * manifest.starts(i)[-1] // entry.experts for i, entry in layers)  # of a mixed layer, the mean
     packed = sum(s.nbytes for m in manifest.resident for s in m.segments)
     model = engine.model
     parameters = {p.data_ptr(): p.nbytes for p in model.parameters()}  # tied ones once

@@ -7,6 +7,7 @@ decides nothing.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from rich.table import Column, Table
 
 from moeflow.progress import Progress
 from moeflow.schema import HardwareProfile, Manifest, Plan
+from moeflow.schema.layers import written
 from moeflow.schema.units import format_rate, format_size
 
 if TYPE_CHECKING:
@@ -238,9 +240,21 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
             for m in layout.matrices
             for s in m.segments
         ]
-        _grid(
-            to, f"blob {number}: {layout.nbytes:,} bytes", ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows
-        )
+        whose = f"; {_whose(manifest, number)}" if len(manifest.layouts) > 1 else ""
+        title = f"blob {number}: {layout.matrices[0].scheme.label}, {layout.nbytes:,} bytes{whose}"
+        _grid(to, title, ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows)
+
+
+def _whose(manifest: Manifest, number: int) -> str:
+    """The layers, as the model numbers them, whose blobs have a layout; where not all of a layer's, which."""
+    layers: dict[str, list[int]] = {}
+    for position, entry in enumerate(manifest.layers):
+        experts = [expert for expert in range(entry.experts) if entry.layout_of(expert) == number]
+        if experts:
+            found = re.search(r"\.(\d+)\.", entry.module)
+            some = f"experts {written(experts)} of " if entry.expert_layouts else ""
+            layers.setdefault(some, []).append(int(found[1]) if found else position)
+    return "; ".join(f"{some}layer{'s' if len(own) > 1 else ''} {written(own)}" for some, own in layers.items())
 
 
 def _resident_rows(manifest: Manifest) -> Iterator[tuple[str, str, str, str]]:

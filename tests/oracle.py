@@ -51,9 +51,11 @@ def _experts(directory: Path, manifest: Manifest, dtype: torch.dtype, transposed
     state = {}
     for i, layer in enumerate(manifest.layers):
         blobs = list(load_file(directory / layer.shard).values())
-        for matrix in manifest.layout_of(i).matrices:
-            parts = [parts_of(matrix, blob) for blob in blobs]
-            stacked = torch.stack([dequantize(matrix, p, dtype) for p in parts])
+        layouts = [manifest.layout_of(i, expert) for expert in range(layer.experts)]
+        for matrices in zip(*(layout.matrices for layout in layouts), strict=True):  # one of each expert
+            matrix = matrices[0]
+            parts = [parts_of(m, blob) for m, blob in zip(matrices, blobs, strict=True)]
+            stacked = torch.stack([dequantize(m, p, dtype) for m, p in zip(matrices, parts, strict=True)])
             state[f"{layer.module}.{matrix.name}_proj"] = stacked.transpose(1, 2) if transposed else stacked
             if matrix.bias:
                 state[f"{layer.module}.{matrix.name}_proj_bias"] = torch.stack([p["bias"].to(dtype) for p in parts])

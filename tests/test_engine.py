@@ -413,11 +413,11 @@ def test_without_page_locked_memory_ordinary_memory_serves(
     artifact = Artifact.open(packed(tiny_checkpoint))
     store = HostStore(artifact, (8, 8), pin=True)
     assert (store.pinned, store.locked(0), store.locked(1)) == (False, True, False)
-    half, whole = (format_size(n * 8 * store.nbytes(0)) for n in (1, 2))
+    half, whole = (format_size(n * store.place(0, 0, 8).stop) for n in (1, 2))
     assert store.refused is not None
     assert f"{half} of {whole} of experts are in page-locked memory" in store.refused
     assert "out of memory" in store.refused and "ulimit -l" in store.refused
-    blob = bytearray(store.nbytes(1))
+    blob = bytearray(store.view(1, 5).nbytes)
     artifact.read_blob(1, 5, memoryview(blob))
     assert store.view(1, 5).numpy().tobytes() == bytes(blob)
 

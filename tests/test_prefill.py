@@ -125,7 +125,11 @@ def test_choices_are_grouped_in_their_order() -> None:
 def test_neighbours_travel_in_one_copy() -> None:
     link = CudaLink.__new__(CudaLink)  # without a device
     blob = 3 << 20
-    store = SimpleNamespace(nbytes=lambda _: blob, in_ram=lambda _, e: e < 30, locked=lambda _: True)
+
+    def place(_: int, expert: int, count: int) -> slice:
+        return slice(expert * blob, (expert + count) * blob)
+
+    store = SimpleNamespace(place=place, in_ram=lambda _, e: e < 30, locked=lambda _: True)
     link._store = store  # type: ignore[assignment]
     assert list(link._runs(0, [0, 1, 2, 5, 7, 8])) == [(0, 3), (5, 1), (7, 2)]
     assert list(link._runs(0, range(24))) == [(0, 10), (10, 10), (20, 4)]  # 32 MiB at most

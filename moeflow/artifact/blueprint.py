@@ -7,7 +7,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from moeflow.artifact.checkpoint import Checkpoint
@@ -24,10 +24,15 @@ from moeflow.schema import (
     Shard,
 )
 
-__all__ = ["Blueprint", "RESIDENT_SHARD"]
+__all__ = ["Blueprint", "RESIDENT_SHARD", "largest_layout"]
 
 RESIDENT_SHARD = "resident.safetensors"
 _Kind = tuple[int, int, Scheme]
+
+
+def largest_layout(numbers: Iterable[int], layouts: Sequence[BlobLayout]) -> int:
+    """Which of `numbers` is the index of the largest layout; of equal ones, the first in `layouts`."""
+    return max(sorted(set(numbers)), key=lambda number: layouts[number].nbytes)
 
 
 class Blueprint:
@@ -42,29 +47,33 @@ class Blueprint:
         self.source = source
         self.quantization = quantization
         self._schemes = Schemes(checkpoint, quantization)
-        kinds = dict.fromkeys(map(self._kind, range(len(checkpoint.layers))))
-        self._layouts: dict[_Kind, BlobLayout] = {
-            kind: expert_layout(*kind, checkpoint.dtype, checkpoint.family.biased) for kind in kinds
-        }
+        by_layer = [self._kinds(position) for position in range(len(checkpoint.layers))]
+        kinds = list(dict.fromkeys(kind for kinds in by_layer for kind in kinds))
+        self.layouts: tuple[BlobLayout, ...] = tuple(
+            expert_layout(*kind, checkpoint.dtype, checkpoint.family.biased) for kind in kinds
+        )
+        """One per shape and scheme of experts, in the order in which layers and their experts meet them."""
+        numbers = {kind: number for number, kind in enumerate(kinds)}
+        self.numbers = tuple(tuple(numbers[kind] for kind in kinds) for kinds in by_layer)
+        """Index into `layouts` of each expert of each MoE layer."""
         self.resident: dict[str, ResidentMatrix] = {}
         """Resident matrices that are quantized, by parameter name."""
         for name, (role, scheme) in self._schemes.resident.items():
             rows, columns = checkpoint.tensors[checkpoint.resident[name]].shape
             self.resident[name] = resident_matrix(role, name, rows, columns, scheme, checkpoint.dtype)
 
-    def _kind(self, position: int) -> _Kind:
-        """What decides the layout of the MoE layer at `position`."""
+    def _kinds(self, position: int) -> list[_Kind]:
+        """What decides the layout of each expert of the MoE layer at `position`."""
         layer = self.checkpoint.layers[position]
-        return layer.hidden, layer.intermediate, self._schemes.experts(position)
+        return [(layer.hidden, layer.intermediate, scheme) for scheme in self._schemes.experts(position)]
 
-    @property
-    def layouts(self) -> tuple[BlobLayout, ...]:
-        """One per shape and scheme of experts, in the order in which layers meet them."""
-        return tuple(self._layouts.values())
+    def blobs(self, position: int) -> tuple[BlobLayout, ...]:
+        """The layout of each expert's blob in the MoE layer at `position`."""
+        return tuple(self.layouts[number] for number in self.numbers[position])
 
-    def layout(self, position: int) -> BlobLayout:
-        """The blobs of the MoE layer at `position`."""
-        return self._layouts[self._kind(position)]
+    def blobs_nbytes(self, position: int) -> int:
+        """Bytes of all blobs of the MoE layer at `position`."""
+        return sum(layout.nbytes for layout in self.blobs(position))
 
     def shard(self, position: int) -> str:
         """The file of the MoE layer at `position`."""
@@ -84,11 +93,13 @@ class Blueprint:
     ) -> ExpertLayer:
         """The manifest's entry for the MoE layer at `position`."""
         layer, family = self.checkpoint.layers[position], self.checkpoint.family
+        numbers = self.numbers[position]
         return ExpertLayer(
             module=family.module.format(layer=layer.index),
             router=family.router.format(layer=layer.index),
             experts=len(layer.experts),
-            layout=self.layouts.index(self.layout(position)),
+            layout=largest_layout(numbers, self.layouts),
+            expert_layouts=numbers if len(set(numbers)) > 1 else (),
             shard=self.shard(position),
             data_offset=data_offset,
             digests=tuple(digests),

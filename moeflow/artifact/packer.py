@@ -92,16 +92,25 @@ class Packer:
         """All shards, in the order in which they are made."""
         layers, blueprint = self.checkpoint.layers, self.blueprint
         units = []
-        for i, layer in enumerate(layers):
-            layout = blueprint.layout(i)
-            key = self._key(layer.tensors, layout.model_dump(mode="json"), [m.scheme for m in layout.matrices])
-            nbytes = layout.nbytes * len(layer.experts)
+        for i in range(len(layers)):
+            key = self._layer_key(i)
+            nbytes = blueprint.blobs_nbytes(i)
             units.append(_Unit(blueprint.shard(i), f"layer {i + 1} of {len(layers)}", key, nbytes, i))
         names = list(self.checkpoint.resident.values())
         resident = blueprint.resident.values()
         key = self._key(names, [m.model_dump(mode="json") for m in resident], [m.scheme for m in resident])
         nbytes = sum(self.checkpoint.tensors[n].nbytes for n in names)
         return [*units, _Unit(RESIDENT_SHARD, "attention, embeddings, norms", key, nbytes, None)]
+
+    def _layer_key(self, position: int) -> str:
+        """Of a layer's experts; where they differ, of every layout and of whose it is."""
+        numbers = self.blueprint.numbers[position]
+        met = list(dict.fromkeys(numbers))  # their own numbers change with what other layers have
+        layouts = [self.blueprint.layouts[number] for number in met]
+        settings: Any = [layout.model_dump(mode="json") for layout in layouts]
+        settings = settings[0] if len(met) == 1 else [settings, [met.index(number) for number in numbers]]
+        schemes = [matrix.scheme for layout in layouts for matrix in layout.matrices]
+        return self._key(self.checkpoint.layers[position].tensors, settings, schemes)
 
     def _key(self, names: list[str], settings: Any, schemes: list[Scheme]) -> str:
         """Equal keys: same stored bytes, settings, kind of device and code, so the same shard."""
@@ -194,8 +203,8 @@ class Packer:
         """Reads all that a shard is made of."""
         if unit.layer is None:
             return resident_sources(self.checkpoint, self.blueprint.resident, device)
-        layer, layout = self.checkpoint.layers[unit.layer], self.blueprint.layout(unit.layer)
-        return expert_sources(self.checkpoint, layer, layout, device)
+        layer, blobs = self.checkpoint.layers[unit.layer], self.blueprint.blobs(unit.layer)
+        return expert_sources(self.checkpoint, layer, blobs, device)
 
     def _make(self, unit: _Unit, sources: Iterator[Source], done: int, total: int) -> None:
         advance = self._advance(unit.title, done, total)
@@ -203,8 +212,8 @@ class Packer:
         if unit.layer is None:
             written = write_resident(path, self.checkpoint, self.blueprint.resident, sources, advance)
         else:
-            layer, layout = self.checkpoint.layers[unit.layer], self.blueprint.layout(unit.layer)
-            written = write_experts(path, self.checkpoint, layer, layout, self.device, sources, advance)
+            layer, blobs = self.checkpoint.layers[unit.layer], self.blueprint.blobs(unit.layer)
+            written = write_experts(path, self.checkpoint, layer, blobs, self.device, sources, advance)
         self.records.save(unit.shard, unit.key, written.shard, self._note(unit, written))
 
     def _note(self, unit: _Unit, written: Written) -> dict[str, Any]:
@@ -213,6 +222,10 @@ class Packer:
             return {"relative_error": written.relative_error}
         entry = self.blueprint.expert_layer(unit.layer, written.data_offset, written.digests, written.relative_error)
         return entry.model_dump(mode="json")
+
+    def _entry(self, position: int, note: dict[str, Any]) -> ExpertLayer:
+        """A recorded layer. Its layouts are numbered anew: it may have been made when other layers had others."""
+        return self.blueprint.expert_layer(position, note["data_offset"], note["digests"], note["relative_error"])
 
     def _advance(self, title: str, done: int, total: int) -> Callable[[int], None]:
         position = done
@@ -253,5 +266,5 @@ class Packer:
         notes = [record["entry"] for record in records if record]
         shards = [Shard.model_validate(record["shard"]) for record in records if record]
         assert len(shards) == len(units), "every unit was recorded"
-        layers = [ExpertLayer.model_validate(note) for note in notes[:-1]]
+        layers = [self._entry(position, note) for position, note in enumerate(notes[:-1])]
         return self.blueprint.manifest(layers, shards, notes[-1]["relative_error"], files)

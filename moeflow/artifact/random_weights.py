@@ -47,16 +47,17 @@ class RandomArtifact(Artifact):
         """Nothing to compare."""
 
     def read_blob(self, layer: int, expert: int, target: memoryview, verify: bool = True) -> None:  # noqa: ARG002
-        """Fill `target` with a blob of the layer's layout."""
+        """Fill `target` with a blob of the expert's layout."""
         entry = self.manifest.layers[layer]
+        number = entry.layout_of(expert)
         blob = torch.frombuffer(target, dtype=torch.uint8)
-        blob.copy_(self._templates[entry.layout])
-        for matrix in self.manifest.layouts[entry.layout].matrices:
+        blob.copy_(self._templates[number])
+        for matrix in self.manifest.layouts[number].matrices:
             for name, part in parts_of(matrix, blob).items():
                 if name in ("words", "high"):
                     flat = part.view(-1)
                     shift = (TURN * (1 + expert + layer * entry.experts)) % max(1, flat.numel())
-                    source = parts_of(matrix, self._templates[entry.layout])[name].view(-1)
+                    source = parts_of(matrix, self._templates[number])[name].view(-1)
                     flat[shift:].copy_(source[: flat.numel() - shift])
                     flat[:shift].copy_(source[flat.numel() - shift :])
 

@@ -96,7 +96,7 @@ class Artifact:
 
     def blob_offset(self, layer: int, expert: int) -> int:
         """Where a blob starts in its shard."""
-        return self.manifest.layers[layer].data_offset + expert * self.manifest.layout_of(layer).nbytes
+        return self.manifest.layers[layer].data_offset + self.manifest.starts(layer)[expert]
 
     def shard_path(self, layer: int) -> Path:
         """The file that holds a layer's blobs."""
@@ -143,7 +143,8 @@ class Artifact:
                 continue
             buffer = memoryview(bytearray(self.manifest.layout_of(layer).nbytes))
             for expert in range(entry.experts):
-                self.read_blob(layer, expert, buffer, verify=False)
-                if hashlib.sha256(buffer).hexdigest() != entry.digests[expert]:
+                blob = buffer[: self.manifest.layout_of(layer, expert).nbytes]
+                self.read_blob(layer, expert, blob, verify=False)
+                if hashlib.sha256(blob).hexdigest() != entry.digests[expert]:
                     hit.append(f"layer {layer}, expert {expert}")
         return f" ({'; '.join(hit)})" if hit else ""

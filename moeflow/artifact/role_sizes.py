@@ -5,6 +5,7 @@ From names and shapes, so that it can be said before anything is packed. Imports
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -50,10 +51,11 @@ def role_sizes(blueprint: Blueprint) -> tuple[RoleSize, ...]:
 def _pieces(blueprint: Blueprint) -> Iterator[tuple[str, Scheme, int, int]]:
     """Role, scheme, weights and bytes of each layer's experts, then of each resident tensor."""
     checkpoint = blueprint.checkpoint
-    for position, layer in enumerate(checkpoint.layers):
-        layout, count = blueprint.layout(position), len(layer.experts)
-        weights = sum(matrix.rows * matrix.columns for matrix in layout.matrices)
-        yield "experts", layout.matrices[0].scheme, count * weights, count * layout.nbytes
+    for position in range(len(checkpoint.layers)):
+        for number, count in Counter(blueprint.numbers[position]).items():
+            layout = blueprint.layouts[number]
+            weights = sum(matrix.rows * matrix.columns for matrix in layout.matrices)
+            yield "experts", layout.matrices[0].scheme, count * weights, count * layout.nbytes
     others = []
     for name, stored in checkpoint.resident.items():
         role, info = checkpoint.family.resident_role(name), checkpoint.tensors[stored]

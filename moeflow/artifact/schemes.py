@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moeflow.errors import DocumentError
-from moeflow.schema import DenseScheme, Quantization, ResidentRole, Scheme
+from moeflow.schema import DenseScheme, Override, Quantization, ResidentRole, Scheme
 from moeflow.schema.layers import spans, written
 from moeflow.schema.quantization import LayerRole
 
@@ -38,9 +38,10 @@ class Schemes:
         self._check_head()
         self._check_overrides()
 
-    def experts(self, position: int) -> Scheme:
-        """Of the experts of the MoE layer at `position`."""
-        return self._quantization.scheme("experts", self._checkpoint.layers[position].index)
+    def experts(self, position: int) -> tuple[Scheme, ...]:
+        """Of each expert of the MoE layer at `position`."""
+        layer = self._checkpoint.layers[position]
+        return tuple(self._quantization.scheme("experts", layer.index, e) for e in range(len(layer.experts)))
 
     @property
     def resident(self) -> dict[str, tuple[ResidentRole, Scheme]]:
@@ -71,7 +72,7 @@ class Schemes:
             )
 
     def _check_overrides(self) -> None:
-        """Every layer that an override names is there, and each of its schemes finds something in one of them."""
+        """Every layer and expert that an override names is there, and each of its schemes finds something in one."""
         layers = self._checkpoint.facts.layers
         having = self._layers_by_role()
         for number, override in enumerate(self._quantization.overrides):
@@ -88,6 +89,18 @@ class Schemes:
                         f"{place}.{role} is {scheme.label}; {override.layers} matches nothing: "
                         f"{there} {role.replace('_', ' ')}"
                     )
+            if override.only_experts is not None:
+                self._check_experts(place, override, override.only_experts)
+
+    def _check_experts(self, place: str, override: Override, pattern: str) -> None:
+        """Every expert of the pattern is in every layer that has experts and that the override names."""
+        stop = max(span.stop for span in spans(pattern))
+        for layer in self._checkpoint.layers:
+            if override.covers(layer.index) and stop > len(layer.experts):
+                raise DocumentError(
+                    f"{place}.only_experts is {pattern}; layer {layer.index} of this {self._type} has experts 0 to "
+                    f"{len(layer.experts) - 1}: name some of these"
+                )
 
     def _layers_by_role(self) -> dict[LayerRole, list[int]]:
         """The decoder layers that have matrices of a role."""

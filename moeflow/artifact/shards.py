@@ -7,7 +7,7 @@ the model's size: one blob is written while the next is filled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ def write_experts(
     path: Path,
     checkpoint: Checkpoint,
     layer: MoeLayer,
-    layout: BlobLayout,
+    blobs: Sequence[BlobLayout],
     device: torch.device,
     sources: Iterator[Source],
     advance: Callable[[int], None],
@@ -70,26 +70,28 @@ def write_experts(
         path: of the shard.
         checkpoint: what it is made of, for messages.
         layer: its experts.
-        layout: of their blobs.
+        blobs: the layout of each.
         device: quantizes and packs.
         sources: as `expert_sources` gives them, those of the layer first; what follows them is left.
         advance: called in this thread, when a blob is about to be written.
     """
-    entries = [(f"layers.{layer.index}.experts.{e}", "U8", (layout.nbytes,)) for e in range(len(layer.experts))]
-    quantizers = {m.name: quantizer_for(m.scheme) for m in layout.matrices}
-    on_cuda = device.type == "cuda"
+    entries = [(f"layers.{layer.index}.experts.{e}", "U8", (layout.nbytes,)) for e, layout in enumerate(blobs)]
+    quantizers = {s: quantizer_for(s) for s in dict.fromkeys(m.scheme for y in blobs for m in y.matrices)}
+    on_cuda, most, alike = device.type == "cuda", max(layout.nbytes for layout in blobs), len(set(blobs)) == 1
     # Reused; the padding between parts stays zero.
-    buffers = [torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(2)]
-    packed = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device) if on_cuda else None
+    buffers = [torch.zeros(most, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(2)]
+    packed = torch.zeros(most, dtype=torch.uint8, device=device) if on_cuda else None
     error = _Error()
     with shard_writer(path, entries) as writer, WriteBehind() as behind:
-        for expert in range(len(layer.experts)):
-            host = buffers[expert % 2]  # free: the write before the last one has ended
-            blob = host if packed is None else packed
+        for expert, layout in enumerate(blobs):
+            host = buffers[expert % 2][: layout.nbytes]  # free: the write before the last one has ended
+            blob = host if packed is None else packed[: layout.nbytes]
+            if not alike:  # where this layout pads, the last one may have had a part
+                blob.zero_()
             for matrix in layout.matrices:
-                error.add(_encode(checkpoint, matrix, next(sources), quantizers[matrix.name], blob))
+                error.add(_encode(checkpoint, matrix, next(sources), quantizers[matrix.scheme], blob))
             if packed is not None:
-                host.copy_(packed)
+                host.copy_(blob)
             behind.submit(partial(writer.write, host.numpy().data))
             advance(layout.nbytes)
         behind.drain()

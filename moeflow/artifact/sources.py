@@ -6,7 +6,7 @@ thread that computes: a second thread in torch's CPU operations would start a se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 
@@ -33,10 +33,10 @@ def slices_of(matrix: PackedMatrix, parts: Mapping[str, Slice]) -> list[Slice]:
 
 
 def expert_sources(
-    checkpoint: Checkpoint, layer: MoeLayer, layout: BlobLayout, device: torch.device
+    checkpoint: Checkpoint, layer: MoeLayer, blobs: Sequence[BlobLayout], device: torch.device
 ) -> Iterator[Task[Source]]:
-    """A task for every matrix of every expert, read to `device`."""
-    for parts in layer.experts:
+    """A task for every matrix of every expert, whose layouts `blobs` are, read to `device`."""
+    for parts, layout in zip(layer.experts, blobs, strict=True):
         for matrix in layout.matrices:
             slices = slices_of(matrix, parts)
             nbytes = sum(_nbytes(checkpoint, part) for part in slices)

@@ -77,7 +77,7 @@ def synthetic_manifest(config: Mapping[str, Any], quantization: Quantization, so
     for position, layer in enumerate(blueprint.checkpoint.layers):
         count = len(layer.experts)
         layers.append(blueprint.expert_layer(position, data_offset=0, digests=[""] * count, relative_error=0.0))
-        nbytes = blueprint.layout(position).nbytes * count
+        nbytes = blueprint.blobs_nbytes(position)
         shards.append(Shard(file=blueprint.shard(position), nbytes=nbytes, sha256=""))
     shards.append(Shard(file=RESIDENT_SHARD, nbytes=blueprint.resident_nbytes, sha256=""))
     return blueprint.manifest(layers, shards, resident_error=0.0, files={})

@@ -35,7 +35,12 @@ GATES = {"SiLU": "SILU", "SiLUActivation": "SILU", "GELUActivation": "GELU", "GE
 
 
 def unsupported_layout(manifest: Manifest) -> str | None:
-    """Why the kernels cannot multiply this model's experts, or None."""
+    """Why the kernels cannot multiply this model's experts, or None.
+
+    A launch takes one layout for all experts of a layer; the host-driven way takes each expert's own.
+    """
+    if mixed := next((entry for entry in manifest.layers if entry.expert_layouts), None):
+        return f"experts of {mixed.module} have different layouts, which the kernels cannot multiply yet"
     matrices = (matrix for layout in manifest.layouts for matrix in layout.matrices)
     return next((reason for matrix in matrices if (reason := unsupported(matrix))), None)
 

@@ -93,7 +93,8 @@ class ExpertRunner:
         chosen, guesses = self._ids(layer, hidden_states, top_k_index, guess=stream is None)
         groups.split(chosen)
         for expert, blob in self._blobs(layer, stream, groups.experts, chosen, guesses):
-            self._expert(module, layer, blob, groups.inputs(expert), groups.results(expert))
+            layout = self.manifest.layers[layer].layout_of(expert)
+            self._expert(module, layout, blob, groups.inputs(expert), groups.results(expert))
         if layer + 1 == len(self.manifest.layers):
             self._cached = None
         return groups.sum(weights)
@@ -172,17 +173,16 @@ class ExpertRunner:
         self.cache.warm(layer, [(e, blobs[e]) for e in reversed(recent)])
         self._begin(layer + 2, len(chosen))
 
-    def _expert(self, module: Any, layer: int, blob: Tensor, x: Tensor, out: Tensor) -> None:
-        """One expert on its tokens x [t, H] to out [t, H].
+    def _expert(self, module: Any, layout: int, blob: Tensor, x: Tensor, out: Tensor) -> None:
+        """One expert, stored in the layout of this number, on its tokens x [t, H] to out [t, H].
 
         One matrix after the other: with a workspace there is room for one.
         """
-        product = self._product(layer, 0, blob, x)
-        self._product(layer, 1, blob, module._apply_gate(product), out)
+        product = self._product(layout, 0, blob, x)
+        self._product(layout, 1, blob, module._apply_gate(product), out)
 
-    def _product(self, layer: int, index: int, blob: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def _product(self, layout: int, index: int, blob: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [t, K] through one of the expert's matrices."""
-        layout = self.manifest.layers[layer].layout
         matrix = self.manifest.layouts[layout].matrices[index]
         if self._unpackers is not None:
             weights = self._unpackers[layout][index](blob, self._workspace)

@@ -4,6 +4,9 @@ Every copy, on demand or on a guess, lands in a free buffer. When its expert is 
 of the layer, and the buffer of whoever the policy evicts becomes free: nothing is copied twice, a guess never
 evicts a cached expert (paper, section 3.2), and two experts of one step cannot evict each other before both
 were computed. Experts that were guessed and not used stay until their buffer is needed.
+
+A layer's buffers have the size of its largest blob, so that any of them may take any expert's; a smaller one is copied
+at its own size and leaves the rest of its buffer as it was.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from moeflow.errors import MoeflowError
 from moeflow.offload.link import Link, Ticket
 from moeflow.offload.policy import CachePolicy, make_policy
 from moeflow.offload.traffic import Traffic
-from moeflow.schema import Manifest, Plan
+from moeflow.schema import ExpertLayer, Manifest, Plan
 
 __all__ = ["ExpertCache"]
 
@@ -47,10 +50,15 @@ class _Landing:
 class _Layer:
     policy: CachePolicy
     pool: _Pool
-    nbytes: int
+    sizes: Sequence[int]
+    """Of each expert's blob."""
     slots: dict[int, int] = field(default_factory=dict)
     """Expert -> buffer, of the experts that the policy keeps."""
     landings: dict[int, _Landing] = field(default_factory=dict)
+
+    def blob(self, expert: int, buffer: int) -> Tensor:
+        """The place of an expert's blob in a buffer."""
+        return self.pool.memory[buffer, : self.sizes[expert]]
 
 
 class ExpertCache:
@@ -62,12 +70,12 @@ class ExpertCache:
         self._traffic = traffic
         self._guesses: dict[tuple[int, int], int] = {}  # (layer, expert) not used yet -> step, oldest first
         self._step = 0
-        slots = dict.fromkeys(range(len(manifest.layouts)), plan.staging_slots)
+        slots = dict.fromkeys((entry.layout for entry in manifest.layers), plan.staging_slots)
         for entry, count in zip(manifest.layers, plan.cache_slots, strict=True):
             slots[entry.layout] += count
         pools = {i: _Pool(count, manifest.layouts[i].nbytes, device) for i, count in slots.items()}
         self._layers = [
-            _Layer(make_policy(plan.policy, count), pools[entry.layout], manifest.layouts[entry.layout].nbytes)
+            _Layer(make_policy(plan.policy, count), pools[entry.layout], _sizes(manifest, entry))
             for entry, count in zip(manifest.layers, plan.cache_slots, strict=True)
         ]
 
@@ -100,12 +108,12 @@ class ExpertCache:
             self._start_guesses(pending)
         for expert in hits:
             state.policy.touch(expert)
-            yield expert, state.pool.memory[state.slots[expert]]
+            yield expert, state.blob(expert, state.slots[expert])
         while arriving:
             expert = arriving.popleft()
             landing = state.landings[expert]
             self._wait(layer, expert, landing, guessed=expert in landed)
-            yield expert, state.pool.memory[landing.buffer]
+            yield expert, state.blob(expert, landing.buffer)
             del state.landings[expert]
             self._keep(state, expert, landing.buffer)
             self._start(layer, waiting, arriving)
@@ -125,7 +133,7 @@ class ExpertCache:
     def resident(self, layer: int) -> dict[int, Tensor]:
         """The cached experts of a layer and their blobs."""
         state = self._layers[layer]
-        return {expert: state.pool.memory[buffer] for expert, buffer in state.slots.items()}
+        return {expert: state.blob(expert, buffer) for expert, buffer in state.slots.items()}
 
     def residents(self) -> list[dict[int, Tensor]]:
         """`resident` of every layer; each holds until the layer's next use."""
@@ -144,7 +152,7 @@ class ExpertCache:
         for expert, blob in recent:
             if state.policy.capacity and expert not in cached and expert not in state.landings and state.pool.free:
                 buffer = state.pool.free.popleft()
-                state.pool.memory[buffer].copy_(blob)
+                state.blob(expert, buffer).copy_(blob)
                 self._keep(state, expert, buffer)
 
     def _wait(self, layer: int, expert: int, landing: _Landing, guessed: bool) -> None:
@@ -154,7 +162,7 @@ class ExpertCache:
         except MoeflowError:
             if not guessed:
                 raise
-            target = self._layers[layer].pool.memory[landing.buffer]
+            target = self._layers[layer].blob(expert, landing.buffer)
             landing.ticket = self._link.fetch(layer, expert, target)
             landing.ticket.wait()
 
@@ -169,10 +177,10 @@ class ExpertCache:
         state = self._layers[layer]
         while waiting and (buffer := self._take(state)) is not None:
             expert = waiting.popleft()
-            ticket = self._link.fetch(layer, expert, state.pool.memory[buffer])
+            ticket = self._link.fetch(layer, expert, state.blob(expert, buffer))
             state.landings[expert] = _Landing(buffer, ticket)
             arriving.append(expert)
-            self._traffic.missed_bytes += state.nbytes
+            self._traffic.missed_bytes += state.sizes[expert]
 
     def _start_guesses(self, pending: deque[tuple[int, int]]) -> None:
         """Start copies on guesses for as many as there are buffers; the others stay pending.
@@ -186,11 +194,11 @@ class ExpertCache:
                 buffer = self._take(state, older_than=self._step)
                 if buffer is None:
                     return
-                ticket = self._link.fetch(layer, expert, state.pool.memory[buffer])
+                ticket = self._link.fetch(layer, expert, state.blob(expert, buffer))
                 state.landings[expert] = _Landing(buffer, ticket)
                 self._guesses[layer, expert] = self._step
                 self._traffic.guesses += 1
-                self._traffic.guessed_bytes += state.nbytes
+                self._traffic.guessed_bytes += state.sizes[expert]
             pending.popleft()
 
     def _take(self, state: _Layer, older_than: int | None = None) -> int | None:
@@ -206,3 +214,7 @@ class ExpertCache:
                 del self._guesses[layer, expert]
                 return landing.buffer
         return None
+
+
+def _sizes(manifest: Manifest, entry: ExpertLayer) -> list[int]:
+    return [manifest.layouts[entry.layout_of(expert)].nbytes for expert in range(entry.experts)]

@@ -38,7 +38,7 @@ class Link(Protocol):
         """Start copying a blob to `target`, device memory of its size, after all computation issued so far."""
 
     def fetch_many(self, layer: int, experts: Sequence[int], buffer: Tensor) -> dict[int, Ticket]:
-        """As `fetch`, for ascending ids; `buffer` [E * blob bytes] has the place of every expert of the layer."""
+        """As `fetch`, for ascending ids; `buffer` has the place of every expert of the layer, blob after blob."""
 
     def drain(self) -> None:
         """Wait for all that is under way, whether it fails or not."""
@@ -71,8 +71,7 @@ class CpuLink:
 
     def fetch_many(self, layer: int, experts: Sequence[int], buffer: Tensor) -> dict[int, Ticket]:
         """Start copying blobs, one after another."""
-        nbytes = self._store.nbytes(layer)
-        return {e: self.fetch(layer, e, buffer[e * nbytes : (e + 1) * nbytes]) for e in experts}
+        return {e: self.fetch(layer, e, buffer[self._store.place(layer, e)]) for e in experts}
 
     def _copy(self, layer: int, expert: int, target: Tensor) -> None:
         if self._store.in_ram(layer, expert):
@@ -127,23 +126,27 @@ class CudaLink:
 
     def fetch_many(self, layer: int, experts: Sequence[int], buffer: Tensor) -> dict[int, Ticket]:
         """Start copying blobs, several neighbours at once."""
-        nbytes, computed = self._store.nbytes(layer), self._computed()
+        computed = self._computed()
         tickets: dict[int, Ticket] = {}
         for first, count in self._runs(layer, experts):
-            target = buffer[first * nbytes : (first + count) * nbytes]
+            target = buffer[self._store.place(layer, first, count)]
             ticket = self._start(layer, first, count, target, computed)
             tickets.update(dict.fromkeys(range(first, first + count), ticket))
         return tickets
 
     def _runs(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """First expert and count of neighbours that one copy may take."""
-        most = max(1, RUN // self._store.nbytes(layer))
         start = 0
         for end in range(1, len(experts) + 1):
-            following = end < len(experts) and experts[end] == experts[end - 1] + 1 and end - start < most
-            if not (following and self._direct(layer, experts[end])):
+            following = end < len(experts) and experts[end] == experts[end - 1] + 1
+            if not (following and self._direct(layer, experts[end]) and self._fit(layer, experts[start], experts[end])):
                 yield experts[start], end - start
                 start = end
+
+    def _fit(self, layer: int, first: int, last: int) -> bool:
+        """Whether neighbours are no more than is copied at once."""
+        place = self._store.place(layer, first, last - first + 1)
+        return place.stop - place.start <= RUN
 
     def _computed(self) -> torch.cuda.Event:
         """The end of the computation issued so far."""

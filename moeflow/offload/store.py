@@ -42,9 +42,9 @@ class HostStore:
         self.ram_experts = ram_experts
         self.refused: str | None = None
         """What the system did not page-lock, with numbers; None if all is locked or nothing was to be."""
-        sizes = [(count, artifact.manifest.layout_of(layer).nbytes) for layer, count in enumerate(ram_experts)]
-        self._memory = [_allocate(count * nbytes) for count, nbytes in sizes]
-        self._locked = [False] * len(sizes)
+        self._starts = [artifact.manifest.starts(layer) for layer in range(len(ram_experts))]
+        self._memory = [_allocate(starts[count]) for count, starts in zip(ram_experts, self._starts, strict=True)]
+        self._locked = [False] * len(ram_experts)
         self._compared: set[tuple[int, int]] = set()  # blobs on disk that were as they should be when first read
         self._held: list[Tensor] = []  # what is registered
         self._unlock = weakref.finalize(self, _unlock, self._held)
@@ -115,9 +115,10 @@ class HostStore:
     def _read(self, layer: int, expert: int, target: Tensor) -> None:
         self.artifact.read_blob(layer, expert, target.numpy().data)
 
-    def nbytes(self, layer: int) -> int:
-        """Size of a blob of this layer."""
-        return self.artifact.manifest.layout_of(layer).nbytes
+    def place(self, layer: int, expert: int, count: int = 1) -> slice:
+        """Where a blob, or that of `count` neighbours, lies among all of its layer: a range of bytes."""
+        starts = self._starts[layer]
+        return slice(starts[expert], starts[expert + count])
 
     def in_ram(self, layer: int, expert: int) -> bool:
         """Whether `view` serves; otherwise `read` does."""
@@ -125,8 +126,7 @@ class HostStore:
 
     def view(self, layer: int, expert: int, count: int = 1) -> Tensor:
         """A blob in host memory, or that of `count` neighbours: uint8, not copied."""
-        nbytes = self.nbytes(layer)
-        return self._memory[layer][expert * nbytes : (expert + count) * nbytes]
+        return self._memory[layer][self.place(layer, expert, count)]
 
     def read(self, layer: int, expert: int, target: Tensor) -> None:
         """Copy a blob into `target`, host memory of its size; one from disk is compared with its digest once.

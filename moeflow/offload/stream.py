@@ -19,13 +19,13 @@ __all__ = ["LayerStream"]
 
 
 class LayerStream:
-    """Two buffers, each of which holds all experts of any one layer."""
+    """Two buffers, each of which holds all experts of any one layer, blob after blob as in its shard."""
 
     def __init__(self, manifest: Manifest, link: Link, device: torch.device, traffic: Traffic):
-        self._manifest = manifest
+        self._starts = [manifest.starts(layer) for layer in range(len(manifest.layers))]
         self._link = link
         self._traffic = traffic
-        nbytes = max(manifest.layout_of(i).nbytes * entry.experts for i, entry in enumerate(manifest.layers))
+        nbytes = max(starts[-1] for starts in self._starts)
         self._buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._begun: list[tuple[int | None, dict[int, Ticket]]] = [(None, {}), (None, {})]  # layer, expert -> copy
 
@@ -37,15 +37,15 @@ class LayerStream:
                 ticket.settle()
             tickets = {}
             self._begun[layer % 2] = (layer, tickets)
-        experts = range(self._manifest.layers[layer].experts)
-        missing = [expert for expert in experts if expert not in skip and expert not in tickets]
+        starts = self._starts[layer]
+        missing = [expert for expert in range(len(starts) - 1) if expert not in skip and expert not in tickets]
         tickets.update(self._link.fetch_many(layer, missing, self._buffers[layer % 2]))
-        self._traffic.streamed_bytes += len(missing) * self._manifest.layout_of(layer).nbytes
+        self._traffic.streamed_bytes += sum(starts[expert + 1] - starts[expert] for expert in missing)
 
     def blob(self, layer: int, expert: int) -> Tensor:
         """Where an expert of `layer` lies in its buffer."""
-        nbytes = self._manifest.layout_of(layer).nbytes
-        return self._buffers[layer % 2][expert * nbytes : (expert + 1) * nbytes]
+        starts = self._starts[layer]
+        return self._buffers[layer % 2][starts[expert] : starts[expert + 1]]
 
     def take(self, layer: int, needed: Sequence[int], cached: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Yield every needed expert with its blob: those of `cached` first, then from the buffer as they arrive.

@@ -1,7 +1,8 @@
 """What a decoded token costs in bytes and, at the machine's rates, at least in seconds.
 
 The model is a bound, not a simulation: experts are taken to be equally likely, computation to be bound by
-reading weights once, overheads to be nothing. Where copies overlap computation the longer counts, else the sum.
+reading weights once, overheads to be nothing. Where copies overlap computation the longer counts, else the sum. Where
+blobs of a layer differ in size, their mean is what an expert costs; that the cache may favour small ones is not seen.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def predict(
         hit_rate = slots / layer.experts
         copies = layer.experts if strategy == "naive" else sizes.top_k * (1 - hit_rate)
         hits += hit_rate / len(sizes.layers)
-        missed += copies * layer.blob_nbytes
-        on_disk += copies * layer.blob_nbytes * (1 - in_ram / layer.experts)
-        read += sizes.top_k * layer.blob_nbytes
+        missed += copies * layer.mean_nbytes
+        on_disk += copies * (layer.nbytes - layer.of_first(in_ram)) / layer.experts
+        read += sizes.top_k * layer.mean_nbytes
     read += sizes.resident_packed + sizes.resident_dense
     if memory_rate is None or (on_disk and hardware.disk is None):
         return None

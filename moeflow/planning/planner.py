@@ -8,11 +8,12 @@ Whatever the profile fixes is taken as it is, or refused with the numbers that w
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import predict
-from moeflow.planning.sizes import ITEM_SIZE, ModelSizes
+from moeflow.planning.sizes import ITEM_SIZE, LayerSize, ModelSizes
 from moeflow.planning.workspace import PREFILL_CHUNK, workspace
 from moeflow.schema import HardwareProfile, MemoryBudget, Plan, PlannedPrefetch, Profile
 from moeflow.schema.profile import Dtype, Execution
@@ -60,7 +61,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
     slot_bytes = _slot_bytes(sizes, slots)
     ram_experts = _ram_experts(profile, sizes, hardware, fixed.total + slot_bytes)
     _check_execution(profile, sizes, fixed, ram_experts)
-    in_ram = sum(layer.blob_nbytes * n for layer, n in zip(sizes.layers, ram_experts, strict=True))
+    in_ram = sum(layer.of_first(n) for layer, n in zip(sizes.layers, ram_experts, strict=True))
     if fixed.execution == "device" and hardware.gpu is not None:
         staging, fixed = _land_more(sizes, staging, prefetch, fixed, limit - fixed.total - slot_bytes)
     return Plan(
@@ -119,7 +120,7 @@ def _ways(
             workspace=workspace(sizes, hardware, dtype, context, execution),
         )
 
-    buffers = 2 * max(layer.experts * layer.blob_nbytes for layer in sizes.layers)
+    buffers = 2 * max(layer.nbytes for layer in sizes.layers)
     if profile.strategy == "naive":
         return [way("host", buffers)]
     able = hardware.gpu is not None and float(hardware.gpu.compute_capability) >= LEAST_CAPABILITY
@@ -143,6 +144,7 @@ def _choose(
 
 
 def _slot_bytes(sizes: ModelSizes, slots: tuple[int, ...]) -> int:
+    """Each slot as large as its layer's largest blob."""
     return sum(layer.blob_nbytes * k for layer, k in zip(sizes.layers, slots, strict=True))
 
 
@@ -259,11 +261,16 @@ def _ram_experts(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile,
     budget = _ram_budget(profile, hardware, on_device)
     if sizes.expert_nbytes <= budget:
         return tuple(layer.experts for layer in sizes.layers)
-    counts = tuple(int(layer.experts * budget / sizes.expert_nbytes) for layer in sizes.layers)
-    on_disk = sizes.expert_nbytes - sum(c * y.blob_nbytes for c, y in zip(counts, sizes.layers, strict=True))
+    counts = tuple(_fitting(layer, layer.nbytes * budget // sizes.expert_nbytes) for layer in sizes.layers)
+    on_disk = sizes.expert_nbytes - sum(y.of_first(n) for n, y in zip(counts, sizes.layers, strict=True))
     if profile.memory.disk != "auto" and on_disk > profile.memory.disk:
         raise CapacityError(
             f"the experts take {format_size(sizes.expert_nbytes)}; memory.ram leaves {format_size(budget)} for them "
             f"and memory.disk {format_size(profile.memory.disk)}: {format_size(on_disk)} on disk would be needed"
         )
     return counts
+
+
+def _fitting(layer: LayerSize, room: int) -> int:
+    """How many of a layer's experts, from the first on, are no more bytes than `room`."""
+    return bisect_right(range(1, layer.experts + 1), room, key=layer.of_first)

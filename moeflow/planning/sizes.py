@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from moeflow.artifact.blueprint import Blueprint
+from moeflow.artifact.blueprint import Blueprint, largest_layout
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.layout import row_blocks
 from moeflow.schema import (
@@ -31,6 +31,7 @@ class LayerSize:
 
     experts: int
     blob_nbytes: int
+    """Of an expert's blob, the largest where they differ: what a slot or a landing buffer must hold."""
     largest_matrix: int
     """Numbers in the largest matrix of an expert."""
     hidden: int = 0
@@ -38,13 +39,38 @@ class LayerSize:
     inner: int = 0
     """Numbers between its matrices."""
     layout: int = 0
-    """Which of the model's layouts its blobs have: the engine keeps landing buffers for each."""
+    """Which of the model's layouts its largest blobs have: the engine keeps landing buffers for each."""
+    blobs: tuple[int, ...] = ()
+    """Bytes of each expert's blob, where their layouts differ."""
 
     @classmethod
-    def of(cls, experts: int, layout: BlobLayout, number: int = 0) -> Self:
-        """Of a layer whose experts' blobs are laid out so."""
-        gate_up, down = layout.matrices
-        return cls(experts, layout.nbytes, max(map(_numbers, layout.matrices)), gate_up.columns, down.columns, number)
+    def of(cls, numbers: Sequence[int], layouts: Sequence[BlobLayout]) -> Self:
+        """Of a layer; `numbers` has the index of each expert's layout."""
+        number = largest_layout(numbers, layouts)
+        gate_up, down = layouts[number].matrices
+        return cls(
+            experts=len(numbers),
+            blob_nbytes=layouts[number].nbytes,
+            largest_matrix=max(map(_numbers, layouts[number].matrices)),
+            hidden=gate_up.columns,
+            inner=down.columns,
+            layout=number,
+            blobs=tuple(layouts[n].nbytes for n in numbers) if len(set(numbers)) > 1 else (),
+        )
+
+    def of_first(self, count: int) -> int:
+        """Bytes of the first `count` blobs."""
+        return sum(self.blobs[:count]) if self.blobs else count * self.blob_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blobs: what the layer takes in host memory, on disk, and in a buffer that holds it whole."""
+        return self.of_first(self.experts)
+
+    @property
+    def mean_nbytes(self) -> float:
+        """Bytes of a blob on average: what a copy or a product takes, experts being equally likely."""
+        return self.nbytes / self.experts
 
 
 @dataclass(frozen=True)
@@ -73,19 +99,19 @@ class ModelSizes:
     @property
     def expert_nbytes(self) -> int:
         """All blobs."""
-        return sum(layer.experts * layer.blob_nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     @classmethod
     def of_manifest(cls, manifest: Manifest) -> Self:
         """Of a packed model."""
         facts = manifest.model
-        layouts = [(entry.experts, manifest.layout_of(i)) for i, entry in enumerate(manifest.layers)]
+        numbers = [[entry.layout_of(e) for e in range(entry.experts)] for entry in manifest.layers]
         return cls(
             top_k=facts.top_k,
             dtype=facts.dtype,
             kv_values_per_token=facts.kv_values_per_token,
             max_context=facts.max_context,
-            **_of_experts(layouts),
+            **_of_experts(numbers, manifest.layouts),
             **_of_resident(manifest.resident, manifest.resident_nbytes),
         )
 
@@ -97,25 +123,20 @@ class ModelSizes:
             DocumentError: a group size does not fit the model's dimensions, or a scheme has nothing to apply to.
         """
         blueprint = Blueprint(checkpoint, "", quantization)
-        layouts = [(len(layer.experts), blueprint.layout(i)) for i, layer in enumerate(checkpoint.layers)]
         return cls(
             top_k=checkpoint.top_k,
             dtype=checkpoint.dtype,
             kv_values_per_token=checkpoint.kv_values_per_token,
             max_context=checkpoint.max_context,
-            **_of_experts(layouts),
+            **_of_experts(blueprint.numbers, blueprint.layouts),
             **_of_resident(blueprint.resident.values(), blueprint.resident_nbytes),
         )
 
 
-def _of_experts(layouts: Sequence[tuple[int, BlobLayout]]) -> dict[str, Any]:
-    """What `ModelSizes` says of experts: their number and layout, layer by layer."""
-    numbers = list(dict.fromkeys(layout for _, layout in layouts))
-    schemes = {matrix.scheme for _, layout in layouts for matrix in layout.matrices}
-    return {
-        "layers": tuple(LayerSize.of(experts, y, numbers.index(y)) for experts, y in layouts),
-        "scratch": max(map(_scratch, schemes)),
-    }
+def _of_experts(numbers: Sequence[Sequence[int]], layouts: Sequence[BlobLayout]) -> dict[str, Any]:
+    """What `ModelSizes` says of experts, layer by layer: `numbers` has the index of each one's layout."""
+    schemes = {matrix.scheme for layout in layouts for matrix in layout.matrices}
+    return {"layers": tuple(LayerSize.of(own, layouts) for own in numbers), "scratch": max(map(_scratch, schemes))}
 
 
 def _of_resident(matrices: Iterable[ResidentMatrix], nbytes: int) -> dict[str, Any]:

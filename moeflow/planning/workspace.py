@@ -5,7 +5,7 @@ A pass over PREFILL_CHUNK tokens takes most. Its terms, T tokens with K experts 
 - matrices: device-driven, one unpacked matrix, the largest there is, in the plan's dtype (`kernels.unpack.Workspace`).
   Host-driven, what torch holds at once while it dequantizes the largest (`kernels.dequantize`): `sizes.scratch` bytes a
   number; the finished matrix finds room in what became free. Resident matrices larger than `layout.UNPACKED` come in
-  blocks of rows.
+  blocks of rows. A model whose experts differ within a layer is counted as host-driven in any case: kernels refuse it.
 - activations, the largest of three moments, beside the residual and its norm, each [T, H]:
   - attention: its inputs and outputs, keys and values of the whole context repeated for every head, the mask;
   - experts: their sorted inputs and results, [T * K, H] each; all tokens at one expert, [T, 2I] and two of [T, I];
@@ -45,7 +45,8 @@ def matrices(sizes: ModelSizes, dtype: Dtype, execution: Execution) -> int:
     item = ITEM_SIZE[dtype]
     packed = sizes.scratch > 0 or sizes.dtype != dtype  # plain numbers of another dtype are converted
     experts = max(layer.largest_matrix for layer in sizes.layers) if packed else 0
-    if execution == "device":
+    mixed = any(layer.blobs for layer in sizes.layers)
+    if execution == "device" and not mixed:
         return item * max(experts, sizes.largest_resident)
     return max(experts * max(item, sizes.scratch), sizes.largest_resident * max(item, sizes.resident_scratch))
 

@@ -6,6 +6,7 @@ little-endian. The bytes are the same for the same checkpoint, settings and kind
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -69,7 +70,7 @@ class BlobLayout(Part):
 
 
 class ExpertLayer(Part):
-    """The experts of one MoE layer, in one shard, blob after blob."""
+    """The experts of one MoE layer, in one shard, blob after blob, each of its own layout's size."""
 
     module: str
     """The experts module in transformers' model, such as `model.layers.0.mlp.experts`."""
@@ -77,7 +78,10 @@ class ExpertLayer(Part):
     """The router module in transformers' model."""
     experts: int = Field(ge=1)
     layout: int = Field(ge=0)
-    """Index into `layouts`."""
+    """Index into the manifest's `layouts`; where experts differ, of the largest: what holds it holds any of them."""
+    # Left out where all are alike: manifests made when they had to be keep their bytes.
+    expert_layouts: tuple[int, ...] = Field(default=(), exclude_if=lambda layouts: not layouts)
+    """Index of each expert's layout, where they differ."""
     shard: str
     """File name in the artifact."""
     data_offset: int
@@ -86,6 +90,10 @@ class ExpertLayer(Part):
     """SHA-256 of each blob."""
     relative_error: float
     """Norm of (dequantized - original) over norm of original, over all matrices of the layer."""
+
+    def layout_of(self, expert: int) -> int:
+        """Index of an expert's layout."""
+        return self.expert_layouts[expert] if self.expert_layouts else self.layout
 
 
 class Shard(Part):
@@ -150,6 +158,8 @@ class Manifest(Document):
         for i, layer in enumerate(self.layers):
             if layer.layout >= len(self.layouts):
                 raise ValueError(f"layers.{i}.layout is {layer.layout}; there are {len(self.layouts)} layouts")
+            if layer.expert_layouts:
+                self._check_expert_layouts(i, layer)
             if len(layer.digests) != layer.experts:
                 raise ValueError(f"layers.{i} has {layer.experts} experts and {len(layer.digests)} digests")
             if layer.shard not in files:
@@ -158,11 +168,31 @@ class Manifest(Document):
             raise ValueError(f"resident_shard is {self.resident_shard}; it is not among shards")
         return self
 
-    def layout_of(self, layer: int) -> BlobLayout:
-        """The blob layout of the `layer`-th MoE layer."""
-        return self.layouts[self.layers[layer].layout]
+    def _check_expert_layouts(self, number: int, layer: ExpertLayer) -> None:
+        place, found = f"layers.{number}.expert_layouts", layer.expert_layouts
+        if len(found) != layer.experts:
+            raise ValueError(f"{place} has {len(found)} entries; the layer has {layer.experts} experts")
+        if (bad := next((i for i in found if not 0 <= i < len(self.layouts)), None)) is not None:
+            raise ValueError(f"{place} names layout {bad}; there are {len(self.layouts)} layouts")
+        largest = max(self.layouts[i].nbytes for i in found)
+        if layer.layout not in found or self.layouts[layer.layout].nbytes != largest:
+            raise ValueError(f"layers.{number}.layout is {layer.layout}; it must be the largest of expert_layouts")
+
+    def layout_of(self, layer: int, expert: int | None = None) -> BlobLayout:
+        """The blob layout of an expert of the `layer`-th MoE layer; without one, that of the largest."""
+        entry = self.layers[layer]
+        return self.layouts[entry.layout if expert is None else entry.layout_of(expert)]
+
+    def starts(self, layer: int) -> tuple[int, ...]:
+        """Where each blob of the `layer`-th MoE layer starts, in bytes from the first one, then where the last ends.
+
+        Summed up at every call: whoever asks for every expert keeps the answer.
+        """
+        entry = self.layers[layer]
+        sizes = (self.layouts[entry.layout_of(expert)].nbytes for expert in range(entry.experts))
+        return tuple(accumulate(sizes, initial=0))
 
     @property
     def expert_nbytes(self) -> int:
         """Bytes of all blobs."""
-        return sum(self.layouts[layer.layout].nbytes * layer.experts for layer in self.layers)
+        return sum(self.starts(layer)[-1] for layer in range(len(self.layers)))

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from moeflow.schema.base import Part
-from moeflow.schema.layers import LayerPattern, shared_layer, spans
+from moeflow.schema.layers import ExpertPattern, LayerPattern, shared, spans
 
 __all__ = [
     "HqqScheme",
@@ -102,10 +102,12 @@ def _is_none(scheme: Scheme | None) -> bool:
 
 
 class Override(Part):
-    """Other schemes for some layers."""
+    """Other schemes for some layers, or another for some of their experts."""
 
     layers: LayerPattern
     """Decoder layers of the model, from 0: `31`, `0-3`, `0-3,31`."""
+    only_experts: ExpertPattern | None = Field(default=None, exclude_if=_is_none)
+    """The experts, from 0, of each of these layers that `experts` is for: `0,5-7`; absent: all."""
     experts: Scheme | None = Field(default=None, exclude_if=_is_none)
     """Of these layers' experts; absent: as in the others."""
     attention: Scheme | None = Field(default=None, exclude_if=_is_none)
@@ -127,8 +129,17 @@ class Override(Part):
         """Whether it names this layer."""
         return any(layer in span for span in spans(self.layers))
 
+    def includes(self, expert: int | None) -> bool:
+        """Whether it is for this expert of the layers that it names; None: for the layers whole."""
+        return self.only_experts is None or any(expert in span for span in spans(self.only_experts))
+
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
+        if self.only_experts is not None and (others := [role for role in self.schemes if role != "experts"]):
+            raise ValueError(
+                f"only_experts is {self.only_experts}; {' and '.join(others)} cannot be of some experts alone: "
+                "give that an entry of its own, without only_experts"
+            )
         if not self.schemes:
             raise ValueError("it changes nothing: give experts, attention or shared_experts a scheme")
         return self
@@ -137,14 +148,27 @@ class Override(Part):
 def _conflicts(overrides: tuple[Override, ...]) -> Iterator[str]:
     """Where two overrides give one layer's matrices different schemes."""
     for (i, one), (j, other) in combinations(enumerate(overrides), 2):
-        layer = shared_layer(one.layers, other.layers)
+        layer = shared(one.layers, other.layers)
         for role, scheme in one.schemes.items():
             second = other.schemes.get(role, scheme)
-            if layer is not None and second != scheme:
-                yield (
-                    f"entries {i} and {j} contradict each other: {role} of layer {layer} would be {scheme.label} "
-                    f"and {second.label}; name each layer once"
-                )
+            if layer is None or second == scheme:
+                continue
+            what, remedy = f"{role} of layer {layer}", "name each layer once"
+            if one.only_experts is not None or other.only_experts is not None:
+                expert = _shared_expert(one, other)
+                if expert is None:
+                    continue
+                what, remedy = f"expert {expert} of layer {layer}", "name each expert of a layer once"
+            yield (
+                f"entries {i} and {j} contradict each other: {what} would be {scheme.label} "
+                f"and {second.label}; {remedy}"
+            )
+
+
+def _shared_expert(one: Override, other: Override) -> int | None:
+    """The first expert that both are for; an entry without a pattern is for all."""
+    patterns = [pattern for pattern in (one.only_experts, other.only_experts) if pattern is not None]
+    return shared(patterns[0], patterns[-1])
 
 
 def _check_overrides(overrides: tuple[Override, ...]) -> tuple[Override, ...]:
@@ -168,12 +192,12 @@ class Quantization(Part):
     overrides: Annotated[tuple[Override, ...], AfterValidator(_check_overrides)] = Field(
         default=(), exclude_if=lambda overrides: not overrides
     )
-    """Other schemes for some layers: sensitive ones, such as the first and the last, may keep more bits."""
+    """Other schemes for some layers or experts: sensitive ones, such as the first and the last, may keep more bits."""
 
-    def scheme(self, role: LayerRole | ResidentRole, layer: int | None) -> Scheme:
-        """Of the matrices of `role` in a layer; None: they are in no layer."""
+    def scheme(self, role: LayerRole | ResidentRole, layer: int | None, expert: int | None = None) -> Scheme:
+        """Of the matrices of `role` in a layer, of one `expert` if it is given; layer None: they are in no layer."""
         for override in self.overrides:
-            if role in override.schemes and override.covers(layer):
+            if role in override.schemes and override.covers(layer) and override.includes(expert):
                 return next(scheme for name, scheme in override.schemes.items() if name == role)
         own: Scheme = getattr(self, role)
         return own
@@ -185,6 +209,7 @@ class Quantization(Part):
         roles |= {role: scheme for role, scheme in more.items() if not _is_dense(scheme)}
         parts = [f"{role} {scheme.label}" for role, scheme in roles.items()]
         for override in self.overrides:
-            schemes = [f"{role.replace('_', ' ')} {scheme.label}" for role, scheme in override.schemes.items()]
+            some = f" {override.only_experts}" if override.only_experts else ""
+            schemes = [f"{role.replace('_', ' ')}{some} {scheme.label}" for role, scheme in override.schemes.items()]
             parts.append(f"in {override.layers}: {', '.join(schemes)}")
         return "; ".join([", ".join(parts[: len(roles)]), *parts[len(roles) :]])

@@ -54,15 +54,20 @@ def mark(layer: int, expert: int) -> int:
     return layer * EXPERTS + expert
 
 
-def make_cache(slots: tuple[int, ...], staging: int, policy: str = "lru") -> tuple[ExpertCache, LateLink, Traffic]:
-    layout = expert_layout(64, 64, DenseScheme(), "bfloat16")
+def make_cache(
+    slots: tuple[int, ...], staging: int, policy: str = "lru", mixed: bool = False
+) -> tuple[ExpertCache, LateLink, Traffic]:
+    """A cache of layers that are all alike; `mixed`: their odd experts have blobs of half the size."""
+    layouts = tuple(expert_layout(64, inner, DenseScheme(), "bfloat16") for inner in (64, 32))
+    own = (0, 1) * (EXPERTS // 2) if mixed else ()
     layers = tuple(
         ExpertLayer(
-            module="m", router="r", experts=EXPERTS, layout=0, shard="s", data_offset=0, digests=(), relative_error=0.0
+            module="m", router="r", experts=EXPERTS, layout=0, expert_layouts=own, shard="s", data_offset=0,
+            digests=(), relative_error=0.0,
         )
         for _ in slots
-    )
-    manifest = Manifest.model_construct(layouts=(layout,), layers=layers)
+    )  # fmt: skip
+    manifest = Manifest.model_construct(layouts=layouts, layers=layers)
     plan = Plan.model_construct(cache_slots=slots, staging_slots=staging, policy=policy)
     link, traffic = LateLink(), Traffic()
     return ExpertCache(manifest, plan, link, torch.device("cpu"), traffic), link, traffic
@@ -72,21 +77,23 @@ def use(cache: ExpertCache, layer: int, needed: list[int], guesses: Any = ()) ->
     order = []
     for expert, blob in cache.fetch(layer, needed, guesses):
         assert torch.all(blob == mark(layer, expert)), f"layer {layer}, expert {expert}: another expert's bytes"
+        assert blob.nbytes == cache._layers[layer].sizes[expert]
         order.append(expert)
     assert sorted(order) == sorted(needed)
     return order
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 @pytest.mark.parametrize("staging", [1, 2, 5])
 @pytest.mark.parametrize("slots", [(0, 0, 0), (1, 1, 1), (2, 5, 0), (8, 8, 8)])
 def test_random_use_with_random_guesses_yields_the_right_bytes(
-    slots: tuple[int, ...], staging: int, policy: str
+    slots: tuple[int, ...], staging: int, policy: str, mixed: bool
 ) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    cache, link, traffic = make_cache(slots, staging, policy)
+    cache, link, traffic = make_cache(slots, staging, policy, mixed)
     uses = 0
     for _ in range(150):
         for layer in range(len(slots)):
@@ -206,7 +213,7 @@ def test_warming_from_the_caches_own_slots_keeps_every_blob(policy: str, staging
     for _ in range(300):
         use(cache, 0, rng.sample(range(EXPERTS), rng.randint(1, 3)))
         cached = cache.resident(0)
-        elsewhere = {e: torch.full((cache._layers[0].nbytes,), mark(0, e), dtype=torch.uint8) for e in range(EXPERTS)}
+        elsewhere = {e: torch.full((cache._layers[0].sizes[e],), mark(0, e), dtype=torch.uint8) for e in range(EXPERTS)}
         recent = rng.sample(range(EXPERTS), 4)
         cache.warm(0, [(e, cached.get(e, elsewhere[e])) for e in recent])
         for expert, blob in cache.resident(0).items():
@@ -217,7 +224,7 @@ def test_warming_from_the_caches_own_slots_keeps_every_blob(policy: str, staging
 
 def test_warming_keeps_the_most_recent() -> None:
     cache, link, _ = make_cache((2,), staging=1)
-    blob = {e: torch.full((cache._layers[0].nbytes,), mark(0, e), dtype=torch.uint8) for e in range(EXPERTS)}
+    blob = {e: torch.full((cache._layers[0].sizes[e],), mark(0, e), dtype=torch.uint8) for e in range(EXPERTS)}
     cache.warm(0, [(4, blob[4]), (6, blob[6])])
     assert set(cache.resident(0)) == {4, 6}
     use(cache, 0, [4, 6])

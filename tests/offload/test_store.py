@@ -53,7 +53,7 @@ def test_memory_and_its_storage_begin_at_a_page(make: Callable[[], HostStore], d
     store = make()
     for layer, address in enumerate(driver.seen):
         view = store.view(layer, 5)
-        assert address % 4096 == 0 and view.data_ptr() == address + 5 * store.nbytes(layer)
+        assert address % 4096 == 0 and view.data_ptr() == address + store.place(layer, 5).start
         assert view.untyped_storage().data_ptr() == address
     store.close()
     assert HostStore(store.artifact, (0, 8), pin=True).pinned

@@ -133,6 +133,9 @@ documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
         ({"layout": 3}, r"layers\.0\.layout is 3; there are 1 layouts"),
         ({"experts": 3}, r"layers\.0 has 3 experts and 2 digests"),
         ({"shard": "other"}, r"layers\.0\.shard is other; it is not among shards"),
+        ({"expert_layouts": [0]}, r"layers\.0\.expert_layouts has 1 entries; the layer has 2 experts"),
+        ({"expert_layouts": [0, 1]}, r"layers\.0\.expert_layouts names layout 1; there are 1 layouts"),
+        ({"expert_layouts": [0, -1]}, r"layers\.0\.expert_layouts names layout -1; there are 1 layouts"),
     ],
     ids=str,
 )
@@ -273,3 +276,19 @@ def test_a_layer_knows_its_layout_and_a_model_its_size() -> None:
     layout = MANIFEST.layouts[0]
     assert MANIFEST.layout_of(0) is layout
     assert MANIFEST.expert_nbytes == 2 * layout.nbytes
+    assert MANIFEST.starts(0) == (0, layout.nbytes, 2 * layout.nbytes)
+
+
+def test_a_layer_whose_experts_differ_is_as_large_as_its_blobs() -> None:
+    """Its `layout` is the largest one's, which a buffer for any of them has."""
+    large = expert_layout(64, 128, HqqScheme(bits=8, group_size=64), "bfloat16")
+    data = {**MANIFEST.to_dict(), "layouts": [y.model_dump(mode="json") for y in (*MANIFEST.layouts, large)]}
+    data["layers"][0] |= {"layout": 1, "expert_layouts": [1, 0]}
+    mixed = Manifest.parse(data, "manifest.json")
+    assert mixed.to_dict() == data
+    small = MANIFEST.layouts[0].nbytes
+    assert mixed.starts(0) == (0, large.nbytes, large.nbytes + small) and mixed.expert_nbytes == large.nbytes + small
+    assert [mixed.layout_of(0, expert) for expert in (None, 0, 1)] == [large, large, MANIFEST.layouts[0]]
+    data["layers"][0]["layout"] = 0
+    with pytest.raises(DocumentError, match=r"layers\.0\.layout is 0; it must be the largest of expert_layouts"):
+        Manifest.parse(data, "manifest.json")
