@@ -71,7 +71,9 @@ def test_an_engine_computes_what_transformers_does_with_the_dequantized_weights(
     with moeflow.load(artifact, experts_per_layer=3) as engine:
         for chunk in (512, 1):
             assert (engine.logits(ids, chunk=chunk) - reference).abs().max() <= TOLERANCE * reference.abs().max()
-        assert list(engine.generate(ids, max_new_tokens=12, temperature=0).ids) == greedy_of(model, ids, 12)
+        found, expected = list(engine.generate(ids, max_new_tokens=12, temperature=0).ids), greedy_of(model, ids, 12)
+        assert found == expected[: len(found)]
+        assert len(found) == 12 or expected[len(found)] in engine._stop_ids  # the text may end
 
 
 @pytest.mark.parametrize(("experts", "attention"), PAIRS[:3])
