@@ -116,8 +116,9 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
         release_memory(torch.device("cuda"))  # what earlier rows left is not this one's
         torch.cuda.reset_peak_memory_stats()
     routes = _routes(manifest, plan, settings)
-    parts = {"launcher": settings.launcher, "store": store, "mover": settings.copy_engine}
-    with Engine(artifact, plan, routes=routes, **parts) as engine:  # type: ignore[arg-type]
+    with Engine(
+        artifact, plan, launcher=settings.launcher, routes=routes, store=store, mover=settings.copy_engine
+    ) as engine:
         run = _Run(engine, settings)
         run.prefill()  # thrown away, for what is compiled and allocated in it
         cold, cold_traffic = run.typical_prefill(engine.empty_cache)

@@ -171,9 +171,8 @@ class Session:
             ids = [*self.settle(), token.read() if isinstance(token, Choice) else token]
             self._renew()
             return self._run(ids, self._engine.prefill)
-        if isinstance(token, Choice):
-            return self._run([token], lambda _, cache: self._engine.forward(token.token, cache)[-1])
-        return self._run([token], lambda ids, cache: self._engine.forward(ids, cache)[-1])
+        given = token.token if isinstance(token, Choice) else [token]
+        return self._run([token], lambda _, cache: self._engine.forward(given, cache)[-1])
 
     def _run(self, ids: Sequence[int | Choice], compute: Callable[[Any, Any], Tensor]) -> Tensor:
         try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scratch_checkpoint import DISK_BYTES, drop_cache, layers_for, read_rate, write_checkpoint, write_rate
+from scratch_checkpoint import drop_cache, layers_for, write_checkpoint
 from watch import Memory, Phases
 
 from moeflow.artifact import matrix, shards
@@ -30,11 +30,13 @@ from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.packer import Packer
 from moeflow.artifact.safetensors import ShardWriter
 from moeflow.kernels import packing
+from moeflow.probe.disk import disk_rate
 from moeflow.probe.environment import environment
 from moeflow.quantization.hqq import HqqQuantizer
 from moeflow.schema import DenseScheme, HqqScheme, Quantization
 
 GIB = 1 << 30
+DISK_BYTES = 4 * GIB  # that the disk's rate is measured on, at most
 BOUND = 3 * GIB  # of host memory beside one layer
 
 
@@ -58,11 +60,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     nbytes = write_checkpoint(folder / "checkpoint", layers, tiny)
     print(f"checkpoint: {layers} layers, {nbytes / 1e9:.2f} GB, {time.perf_counter() - begin:.1f} s", flush=True)
-    rates = {
-        "disk_read": read_rate(folder / "checkpoint", direct=False),
-        "disk_read_direct": read_rate(folder / "checkpoint", direct=True),
-        "disk_write": write_rate(folder, min(nbytes, DISK_BYTES)),
-    }
+    disk = disk_rate(folder, nbytes=min(nbytes, DISK_BYTES))
     experts = HqqScheme(bits=arguments.bits, group_size=arguments.group_size, metadata_bits=arguments.metadata_bits)
     quantization = Quantization(experts=experts, attention=HqqScheme() if not tiny else DenseScheme())
     checkpoint = Checkpoint.open(folder / "checkpoint")
@@ -75,7 +73,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         begin = time.perf_counter()
         packer.run()
         seconds = time.perf_counter() - begin
-    best = max(rate for key, rate in rates.items() if key.startswith("disk_read") and rate)
     return {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment().model_dump(mode="json"),
@@ -86,8 +83,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "output_bytes": sum(file.stat().st_size for file in (folder / "artifact").glob("*.safetensors")),
         "seconds": seconds,
         "input_rate": nbytes / seconds,
-        **rates,
-        "of_disk_read": nbytes / seconds / best,
+        "disk_read": disk,
+        "of_disk_read": nbytes / seconds / disk,
         "phases": {phase: round(value, 3) for phase, value in phases.seconds.items()},
         "memory_before": before,
         "memory_peak": memory.peak,
@@ -98,8 +95,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    for key in ("input_rate", "disk_read", "disk_read_direct", "disk_write"):
-        print(f"{key.replace('_', ' '):<20}" + (f"{found[key] / 1e9:.2f} GB/s" if found[key] else "not offered"))
+    for key in ("input_rate", "disk_read"):
+        print(f"{key.replace('_', ' '):<20}{found[key] / 1e9:.2f} GB/s")
     print(f"{'of disk read':<20}{found['of_disk_read']:.2f}")
     print(f"{'seconds':<20}{found['seconds']:.1f} on {found['device']}, {found['scheme']}")
     for phase, seconds in found["phases"].items():

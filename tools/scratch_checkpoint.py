@@ -1,4 +1,4 @@
-"""A Mixtral of random weights on disk, quickly written, and how fast its disk reads and writes.
+"""A Mixtral of random weights on disk, quickly written.
 
 Every tensor is a stretch of one block of random numbers. It is for measuring: nobody should generate text with it.
 """
@@ -6,10 +6,7 @@ Every tensor is a stretch of one block of random numbers. It is for measuring: n
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,7 @@ from moeflow.artifact.architectures import architecture
 from moeflow.artifact.synthetic import synthetic_checkpoint
 
 BLOCK = 64 << 20  # bytes of random numbers
-CHUNK = 8 << 20  # of a read or write of the disk alone
 SHARD = 4_000_000_000  # bytes of a file of the checkpoint
-DISK_BYTES = 4_000_000_000  # that the disk's rates are measured on, at most
 
 
 def config_of(layers: int, tiny: bool) -> dict[str, Any]:
@@ -77,37 +72,3 @@ def drop_cache(directory: Path) -> None:
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read_rate(directory: Path, direct: bool) -> float | None:
-    """Bytes a second of reading the checkpoint's files in sequence, and nothing else; None where the disk refuses."""
-    drop_cache(directory)
-    buffer = mmap.mmap(-1, CHUNK)  # on a page boundary, which direct reads need
-    done, begin = 0, time.perf_counter()
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-        except OSError:
-            return None
-        try:
-            place, count = 0, CHUNK
-            while done < DISK_BYTES and count == CHUNK:  # a direct read may not go on at a file's end
-                count = os.preadv(descriptor, [buffer], place)
-                place += count
-                done += count
-        except OSError:
-            return None
-        finally:
-            os.close(descriptor)
-    return done / (time.perf_counter() - begin)
-
-
-def write_rate(directory: Path, nbytes: int) -> float:
-    """Bytes a second of writing a file in sequence and making it durable."""
-    block = os.urandom(CHUNK)
-    with tempfile.TemporaryFile(dir=directory, buffering=0) as stream:
-        begin, done = time.perf_counter(), 0
-        while done < nbytes:
-            done += stream.write(block)
-        os.fsync(stream.fileno())
-        return done / (time.perf_counter() - begin)

@@ -13,9 +13,9 @@ from moeflow.kernels.packing import pack
 from moeflow.quantization.base import Codes, Quantizer
 from moeflow.schema import BitsAndBytesScheme, DenseScheme, PackedMatrix, Scheme, Segment
 
-AT_ONCE = 1 << 23  # numbers of a matrix that are packed and restored at once
-
 __all__ = ["allocate_blobs", "encode", "segment_view", "parts_of", "dequantize"]
+
+AT_ONCE = 1 << 23  # numbers of a matrix that are packed and restored at once
 
 
 def allocate_blobs(matrices: Sequence[PackedMatrix], device: torch.device) -> dict[str, Tensor]:

@@ -32,13 +32,6 @@ ITEM = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu", "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16", "I32": "int32",
-    "U32": "uint32", "F32": "float32", "I64": "int64", "U64": "uint64", "F64": "float64",
-}  # fmt: skip
-"""torch's names."""
-CHUNK = 32 << 20  # bytes of page-locked memory through which a tensor goes to a device
 DURABLE = 32 << 20  # bytes written after which they are sent to the disk: the end of a shard then waits for few
 
 
@@ -116,37 +109,15 @@ def _info(file: Path, name: str, entry: dict[str, Any], start: int) -> TensorInf
 
 def read_tensor(info: TensorInfo, index: int | None = None, device: torch.device | None = None) -> torch.Tensor:
     """Load one tensor, or what is at `index` of its first dimension, into host memory or onto `device`."""
-    import torch
+    from safetensors import SafetensorError, safe_open
 
-    shape = info.shape if index is None else info.shape[1:]
-    nbytes = prod(shape) * ITEM[info.dtype]
-    start = info.offset + (index or 0) * nbytes
-    tensor = torch.empty(shape, dtype=getattr(torch, DTYPES[info.dtype]), device=device)
-    raw = tensor.view(-1).view(torch.uint8)
-    staging = None if tensor.device.type == "cpu" else torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
-    with storage_errors(info.file, "read"), info.file.open("rb", buffering=0) as stream:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stream.fileno(), start, nbytes, os.POSIX_FADV_WILLNEED)
-        stream.seek(start)
-        for begin in range(0, nbytes, CHUNK):
-            part = raw[begin : begin + CHUNK]
-            target = part if staging is None else staging[: len(part)]
-            _fill(stream, target.numpy().data, info)
-            if staging is not None:
-                part.copy_(target)
-    return tensor
-
-
-def _fill(stream: IO[bytes], target: memoryview, info: TensorInfo) -> None:
-    """Read until `target` is full; a system call may end early."""
-    done = 0
-    while done < target.nbytes:
-        count = stream.readinto(target[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise CheckpointError(
-                f"{info.file}: {info.name} cannot be read: the file ends at byte {stream.tell()}; fetch this file again"
-            )
-        done += count
+    try:
+        with storage_errors(info.file, "read"), safe_open(info.file, framework="pt") as reader:
+            tensor: torch.Tensor = reader.get_tensor(info.name) if index is None else reader.get_slice(info.name)[index]
+            # safetensors maps the file; copied here, it is read by the thread that asks, and not by whoever computes.
+            return tensor.to(device or "cpu", copy=True)
+    except SafetensorError as error:
+        raise CheckpointError(f"{info.file}: {info.name} cannot be read: {error}; fetch this file again") from error
 
 
 class ShardWriter:

@@ -1,7 +1,7 @@
 """The device's copy engine, called without Python's lock and without torch: from host memory to the device, in order.
 
-The driver's library is called directly, since whoever feeds the engine has microseconds: a copy through torch takes
-ten, one through ctypes three. It decides nothing; `offload.mover` does.
+The driver's library is called directly: through ctypes it runs without Python's lock, and takes plain addresses, which
+torch's copies do not. It decides nothing; `offload.mover` does.
 """
 
 from __future__ import annotations
