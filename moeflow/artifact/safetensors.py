@@ -32,6 +32,7 @@ ITEM = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+STAGED = 1 << 20  # bytes of a tensor from which on it takes a GPU's way from the disk; an expert's index may be less
 DURABLE = 32 << 20  # bytes written after which they are sent to the disk: the end of a shard then waits for few
 
 
@@ -108,16 +109,33 @@ def _info(file: Path, name: str, entry: dict[str, Any], start: int) -> TensorInf
 
 
 def read_tensor(info: TensorInfo, index: int | None = None, device: torch.device | None = None) -> torch.Tensor:
-    """Load one tensor, or what is at `index` of its first dimension, into host memory or onto `device`."""
+    """Load one tensor, or what is at `index` of its first dimension, into host memory or onto `device`.
+
+    Raises:
+        CheckpointError: the file is not what its header said.
+        StorageError: it cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with storage_errors(info.file, "read"), safe_open(info.file, framework="pt") as reader:
+            if device is not None and device.type == "cuda" and info.nbytes >= STAGED:
+                return _staged(info, reader.get_slice(info.name)[:0].dtype, index, device)
             tensor: torch.Tensor = reader.get_tensor(info.name) if index is None else reader.get_slice(info.name)[index]
             # safetensors maps the file; copied here, it is read by the thread that asks, and not by whoever computes.
             return tensor.to(device or "cpu", copy=True)
     except SafetensorError as error:
         raise CheckpointError(f"{info.file}: {info.name} cannot be read: {error}; fetch this file again") from error
+
+
+def _staged(info: TensorInfo, dtype: torch.dtype, index: int | None, device: torch.device) -> torch.Tensor:
+    from moeflow.artifact.staging import read_to_device
+
+    if index is None:
+        return read_to_device(info.file, info.offset, info.nbytes, device).view(dtype).view(info.shape)
+    nbytes = info.nbytes // info.shape[0]
+    offset = info.offset + range(info.shape[0])[index] * nbytes
+    return read_to_device(info.file, offset, nbytes, device).view(dtype).view(info.shape[1:])
 
 
 class ShardWriter:
