@@ -76,30 +76,35 @@ def measure_limits(progress: Progress = silent) -> Limits:
 
 
 def run_rows(
-    artifact: Artifact, hardware: HardwareProfile, settings: Settings, progress: Progress = silent
+    artifact: Artifact, hardware: HardwareProfile, *settings: Settings, progress: Progress = silent
 ) -> Iterator[BenchmarkRow]:
-    """Run every row; blobs are loaded once.
+    """Run every row of all `settings`; blobs are loaded once.
 
     Raises:
         UsageError: settings contradict each other.
         CapacityError: the rows do not fit the machine.
     """
-    manifest = artifact.manifest
-    if settings.recall is not None and settings.routing == "model":
-        raise UsageError("--recall is of forced guesses; the model's own gate guesses where routing is `model`")
-    rows = [(row, settings.experts_per_layer) for row in settings.rows]
-    if settings.all_hits:
-        rows.append(("no-prefetch", max(layer.experts for layer in manifest.layers)))
-    plans = [_plan(manifest, hardware, settings.profile, row, k) for row, k in rows]
+    planned = [(one, plan) for one in settings for plan in _plans(artifact.manifest, hardware, one)]
+    plans = [plan for _, plan in planned]
     if len({plan.ram_experts for plan in plans}) > 1:
         raise UsageError("the rows keep different experts in host memory; raise memory.ram, or run them one by one")
     before = psutil.Process().memory_info().rss
     store = HostStore(artifact, plans[0].ram_experts, pin=plans[0].device == "cuda", progress=progress)
     try:
-        for plan in plans:
-            yield _row(artifact, plan, settings, store, before)
+        for one, plan in planned:
+            yield _row(artifact, plan, one, store, before)
     finally:
         store.close()
+
+
+def _plans(manifest: Manifest, hardware: HardwareProfile, settings: Settings) -> list[Plan]:
+    """One for each row."""
+    if settings.recall is not None and settings.routing == "model":
+        raise UsageError("--recall is of forced guesses; the model's own gate guesses where routing is `model`")
+    rows = [(row, settings.experts_per_layer) for row in settings.rows]
+    if settings.all_hits:
+        rows.append(("no-prefetch", max(layer.experts for layer in manifest.layers)))
+    return [_plan(manifest, hardware, settings.profile, row, k) for row, k in rows]
 
 
 def _plan(manifest: Manifest, hardware: HardwareProfile, profile: Profile, row: Strategy, k: int | None) -> Plan:

@@ -88,7 +88,7 @@ def _run(source: Artifact, machine: HardwareProfile, settings: Settings) -> Benc
     with progress_bar() as progress:
         limits = measure_limits(progress)
         rows = []
-        for row in run_rows(source, machine, settings, progress):
+        for row in run_rows(source, machine, settings, progress=progress):
             rows.append(row)
             say(f"{row.strategy}, k = {row.k:g}: {row.tokens_per_second or 0:.1f} tokens/s")
     return Benchmark(
