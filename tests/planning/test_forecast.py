@@ -59,7 +59,7 @@ def test_it_says_what_a_pack_makes(checkpoint: Path, tmp_path: Path) -> None:
     assert rows["shared experts", "nf4"].bits == 4.25 and rows["head", "unquantized"].bits == 16
     plan = Plan.load(tmp_path / "a" / "b" / "plan.json")
     assert found.plan == plan.model_copy(update={"manifest_digest": ""})
-    assert found.seconds == sum(part.seconds for part in found.work) > 0
+    assert found.seconds == max(part.seconds for part in found.work) > 0
     assert json.loads(json.dumps(found.to_dict()))["disk_needed"] == found.disk_needed
 
 
