@@ -91,7 +91,7 @@ def simulate(
     for policy in policies:
         timed(policy, len(ks), partial(_plain, routes, experts, policy, ks))
     if guessing is not None:
-        guessed = guessed_routes(routes, experts, guessing, seed)
+        guessed = guessed_routes(routes, experts, guessing, seed + 1)  # not the numbers that made synthetic routes
         for policy in policies:
             timed(f"{policy} with guesses", len(ks), partial(_guessing, routes, guessed, policy, ks, guessing))
     timed(OPTIMUM, 1, partial(_optimum, routes, experts, ks))
