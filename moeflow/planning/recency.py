@@ -27,13 +27,13 @@ def recent_hits(routes: Routes, experts: int, k: int) -> npt.NDArray[np.bool_]:
     hits = np.zeros(routes.shape, np.bool_)
     if k == 0:
         return hits
-    ids = np.sort(routes, axis=-1).astype(np.int64)
-    places = ids + np.arange(0, routes.shape[1] * experts, experts)[:, None]  # [T, L, K], in the flat table
-    stamps = np.full((routes.shape[1], experts), -1, np.int64)
+    layers, size = routes.shape[1], routes.shape[1] * experts
+    places = np.sort(routes, axis=-1) + np.arange(0, size, experts)[:, None]  # [T, L, K], in the flat table
+    stamps = np.full((layers, experts), -1, np.int64)
     flat = stamps.reshape(-1)
-    least = np.zeros((routes.shape[1], 1), np.int64)  # that a kept expert has: not negative, nor below the k-th
+    least = np.zeros((layers, 1), np.int64)  # that a kept expert has: not negative, nor below the k-th
     for token, place in enumerate(places):
         hit = np.greater_equal(flat[place], least, out=hits[token])
-        flat[place] = ids[token] + np.where(hit, 2 * token * experts, (2 * token + 1) * experts)
+        flat[place] = place + np.where(hit, 2 * token * size, (2 * token + 1) * size)
         least = np.partition(stamps, experts - k, axis=1)[:, experts - k, None].clip(min=0)
     return hits
