@@ -16,6 +16,7 @@ import typer
 from moeflow.cli_bench import bench
 from moeflow.cli_hardware import hardware as hardware_commands
 from moeflow.cli_pack import pack
+from moeflow.cli_simulate import simulate
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 
 app.command()(bench)
+app.command()(simulate)
 app.add_typer(hardware_commands, name="hardware")
 _debug = False
 

@@ -27,7 +27,7 @@ LAYERS = [
     {"bench", "pipeline"},
     {"reporting"},
     {"console"},
-    {"cli_bench", "cli_hardware", "cli_pack"},
+    {"cli_bench", "cli_hardware", "cli_pack", "cli_simulate"},
     {"cli"},
     {"__main__"},
 ]
@@ -37,7 +37,8 @@ TORCH_FREE = [
     "moeflow.artifact.reader", "moeflow.artifact.layout", "moeflow.artifact.blueprint", "moeflow.artifact.synthetic",
     "moeflow.offload.routing", "moeflow.reporting.text", "moeflow.reporting.plot", "moeflow.probe.environment",
     "moeflow.probe.machine", "moeflow.probe.match", "moeflow.probe.nearest",
-    "moeflow.planning.forecast", "moeflow.artifact.outline",
+    "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.planning.simulator", "moeflow.planning.shape",
+    "moeflow.reporting.simulation", "moeflow.reporting.curves",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import predict
+from moeflow.planning.guessing import landing_buffers
 from moeflow.planning.sizes import ITEM_SIZE, LayerSize, ModelSizes
 from moeflow.planning.workspace import PREFILL_CHUNK, workspace
 from moeflow.schema import HardwareProfile, MemoryBudget, Plan, PlannedPrefetch, Profile
@@ -54,7 +55,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
     dtype = _dtype(profile, hardware)
     context = min(profile.context_length, sizes.max_context)
     prefetch = _prefetch(profile, sizes)
-    staging = sizes.top_k + max(1, prefetch.depth) * max(prefetch.experts, sizes.top_k)
+    staging = landing_buffers(sizes.top_k, prefetch.depth, prefetch.experts)
     limit = _device_limit(profile, hardware)
     ways = _ways(profile, sizes, hardware, dtype, context, staging, limit)
     fixed, slots = _choose(ways, profile, sizes, hardware, limit)

@@ -16,6 +16,7 @@ from moeflow.schema.units import format_rate, format_size
 
 __all__ = [
     "MISSING",
+    "ROUTING",
     "Grid",
     "digits",
     "fill",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 MISSING = "-"
-_ROUTING = {
+ROUTING = {
     "model": "the model's own routing",
     "uniform": "uniform routing",
     "markov": "Markov routing (Mixtral's repetition)",
@@ -166,7 +167,7 @@ def settings_of(run: Benchmark, row: BenchmarkRow) -> list[str]:
 
 
 def _phrase(setting: _Setting, text: str) -> str:
-    return _ROUTING[text] if setting.heading == "routing" else setting.phrase.format(text)
+    return ROUTING[text] if setting.heading == "routing" else setting.phrase.format(text)
 
 
 def _values(run: Benchmark, setting: _Setting) -> set[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moeflow.errors import UsageError
-from moeflow.files import atomic_writer
 from moeflow.reporting.cells import digits, fill, listed, machine, percent, settings_of, shared, subject, versions
 from moeflow.reporting.paper import ROWS, paper_speed
+from moeflow.reporting.picture import FAINT, INK, OURS, PAPER, save
 from moeflow.schema import Benchmark, BenchmarkRow
 from moeflow.schema.units import format_rate
 
@@ -25,8 +25,6 @@ __all__ = ["plot"]
 # Inches. A README shows 10 of them at about 830 pixels, where 9 points are still legible.
 WIDTH, LABELS, BARS, MARGIN = 10.0, 2.75, 3.6, 0.25
 LINE, SMALL = 0.175, 0.155  # between lines of text, and of what stands below a row's name
-DPI = 160
-INK, FAINT, OURS, PAPER = "#1c2733", "#64707d", "#1f5f99", "#b9c3cd"
 
 
 def plot(run: Benchmark, path: Path) -> None:
@@ -36,16 +34,9 @@ def plot(run: Benchmark, path: Path) -> None:
         UsageError: matplotlib is not installed, `path` is no .png, or no row has a speed.
         StorageError: the file cannot be written.
     """
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"{path}: a plot is written as PNG; end its name in .png")
     if all(row.tokens_per_second is None for row in run.rows):
         raise UsageError(f"{path}: nothing to plot: no row of this benchmark has a speed")
-    try:
-        import matplotlib.style
-    except ImportError as error:
-        raise UsageError("a plot needs matplotlib, which is not installed: pip install moeflow[plot]") from error
-    with matplotlib.style.context("default"), atomic_writer(path) as stream:  # whatever a matplotlibrc says
-        _figure(run).savefig(stream, format="png", dpi=DPI)
+    save(path, lambda: _figure(run))
 
 
 def _figure(run: Benchmark) -> Figure:

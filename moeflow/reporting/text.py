@@ -7,7 +7,7 @@ import json
 from moeflow.reporting.cells import Grid, fill, grids, listed, machine, remarks, shared, subject, versions
 from moeflow.schema import Benchmark
 
-__all__ = ["table", "markdown", "json_line"]
+__all__ = ["aligned", "table", "markdown", "json_line"]
 
 WIDTH = 120
 
@@ -17,13 +17,13 @@ def table(run: Benchmark) -> str:
     about = (listed([subject(run), *shared(run)]), machine(run), versions(run))
     lines = [*(line for text in about for line in fill(text, WIDTH)), f"{run.date}  {run.command}"]
     for grid in grids(run):
-        lines += ["", *_aligned(grid)]
+        lines += ["", *aligned(grid)]
     for remark in remarks(run):
         lines += ["", *fill(remark, WIDTH)]
     return "\n".join(lines) + "\n"
 
 
-def _aligned(grid: Grid) -> list[str]:
+def aligned(grid: Grid) -> list[str]:
     """Columns two spaces apart, words to the left, figures to the right; the title stands over the first."""
     lines = [(grid.title, *grid.headings[1:]), *grid.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(grid.headings))]

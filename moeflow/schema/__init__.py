@@ -24,6 +24,7 @@ from moeflow.schema.quantization import (
     ResidentRole,
     Scheme,
 )
+from moeflow.schema.simulation import Guessing, SimulatedRow, Simulation, Timing
 
 __all__ = [
     "Benchmark",
@@ -38,6 +39,7 @@ __all__ = [
     "Environment",
     "ExpertLayer",
     "Gpu",
+    "Guessing",
     "HardwareProfile",
     "HqqScheme",
     "Limits",
@@ -61,4 +63,7 @@ __all__ = [
     "Scheme",
     "Segment",
     "Shard",
+    "SimulatedRow",
+    "Simulation",
+    "Timing",
 ]

@@ -12,10 +12,11 @@ from moeflow.schema.hardware import HardwareProfile
 from moeflow.schema.manifest import Manifest
 from moeflow.schema.plan import Plan
 from moeflow.schema.profile import Profile
+from moeflow.schema.simulation import Simulation
 
 __all__ = ["KINDS", "load_any"]
 
-KINDS: tuple[type[Document], ...] = (Profile, HardwareProfile, Plan, Manifest, Benchmark)
+KINDS: tuple[type[Document], ...] = (Profile, HardwareProfile, Plan, Manifest, Benchmark, Simulation)
 
 
 def load_any(path: Path) -> Document:

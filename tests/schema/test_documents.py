@@ -23,6 +23,7 @@ from moeflow.schema import (
     Environment,
     ExpertLayer,
     Gpu,
+    Guessing,
     HardwareProfile,
     HqqScheme,
     Limits,
@@ -39,6 +40,9 @@ from moeflow.schema import (
     Profile,
     Quantization,
     Shard,
+    SimulatedRow,
+    Simulation,
+    Timing,
 )
 
 DIGEST = "0" * 64
@@ -122,7 +126,20 @@ BENCHMARK = Benchmark(
         ),
     ),
 )  # fmt: skip
-DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK]
+SIMULATION = Simulation(
+    command="moeflow simulate --model mixtral-8x7b -k 4",
+    model="mixtral-8x7b",
+    routing="markov",
+    seed=0,
+    tokens=10,
+    layers=2,
+    experts=8,
+    top_k=2,
+    guessing=Guessing(predictor="recall", recall=0.7, experts=2, depth=1, staging=4),
+    rows=(SimulatedRow(policy="lru", k=4, hits=(11, 12), guesses=9, guesses_used=6),),
+    timings=(Timing(what="lru with guesses", steps=20, seconds=1e-4),),
+)
+DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
 
 

@@ -1,0 +1,183 @@
+"""`moeflow simulate`: routes replayed through cache policies, as a table, a picture, or JSON."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+import typer
+
+from moeflow.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from moeflow.offload.trace import Routes
+    from moeflow.schema import Guessing, Simulation
+    from moeflow.schema.profile import Policy
+
+__all__ = ["simulate"]
+
+TOKENS = 5000  # of synthetic routes: shares are then good to about half a point in a layer
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Routes and whose they are."""
+
+    routes: Routes
+    experts: int
+    model: str
+    routing: Literal["uniform", "markov", "recorded"]
+
+
+def simulate(
+    trace: Annotated[Path | None, typer.Argument(help="Recorded routes; or give --model, or a shape.")] = None,
+    model: Annotated[str | None, typer.Option(help="Shape of a known model or of a config.json.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers with experts, of a shape given by hand.")] = None,
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts per layer.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts that a token uses in a layer.")] = None,
+    routing: Annotated[
+        Literal["uniform", "markov"] | None, typer.Option(help="Of synthetic routes; default: markov.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", "-n", min=1, help=f"Default: {TOKENS}, or the whole trace.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of synthetic routes and of guesses.")] = 0,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--experts-per-layer", "-k", min=0, help="Slots per layer, repeatable; default: a range."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Cache policy, lru or lfu, repeatable; default: lru.")
+    ] = None,
+    predictor: Annotated[
+        Literal["none", "recall", "previous"],
+        typer.Option(help="Guess what later layers use: with --recall, or as the token before."),
+    ] = "none",
+    recall: Annotated[float | None, typer.Option(min=0, max=1, help="Share of guesses that are right.")] = None,
+    guesses: Annotated[int | None, typer.Option(min=1, help="Guessed per layer; default: top-k.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Layers guessed ahead; default: 1.")] = None,
+    staging: Annotated[int | None, typer.Option(min=1, help="Landing buffers; default: as a plan has.")] = None,
+    by_layer: Annotated[bool, typer.Option("--by-layer", help="Also a table of every layer.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture (PNG).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
+    """Replay routes through cache policies: hit rates for every k beside the optimum, and what guesses bring."""
+    from moeflow.console import say
+    from moeflow.reporting import curves, picture, simulation
+
+    if plot is not None:
+        picture.check(plot)
+    source = _source(trace, model, (layers, experts, top_k), routing, tokens, seed)
+    guessing = _guessing(source.routes, predictor, recall, guesses, depth, staging)
+    found = _run(source, k, _policies(policy or ["lru"]), guessing, seed)
+    typer.echo(simulation.json_line(found) if as_json else simulation.table(found, by_layer), nl=as_json)
+    if plot is not None:
+        curves.plot(found, plot)
+        say(f"wrote {plot}")
+
+
+def _policies(names: Iterable[str]) -> list[Policy]:
+    """Each once, in the order given."""
+    from moeflow.schema.profile import Policy
+
+    known: dict[str, Policy] = {name: name for name in get_args(Policy)}
+    for name in names:
+        if name not in known:
+            raise UsageError(unknown("cache policy", name, known))
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _run(
+    source: _Source, k: list[int] | None, policies: Sequence[Policy], guessing: Guessing | None, seed: int
+) -> Simulation:
+    from moeflow.console import err
+    from moeflow.planning.simulator import simulate as replay
+    from moeflow.planning.simulator import thinned
+    from moeflow.schema import SimulatedRow, Simulation
+
+    def report(row: SimulatedRow) -> None:
+        status.update(f"{row.policy}, k = {row.k}: done")
+
+    ks = sorted(set(k or thinned(source.experts)))
+    with err.status("replaying") as status:
+        rows, timings = replay(source.routes, source.experts, ks, policies, guessing, seed, report)
+    tokens, layers, top_k = source.routes.shape
+    return Simulation(
+        command=shlex.join(["moeflow", *sys.argv[1:]]),
+        model=source.model,
+        routing=source.routing,
+        seed=seed if guessing or source.routing != "recorded" else None,
+        tokens=tokens,
+        layers=layers,
+        experts=source.experts,
+        top_k=top_k,
+        guessing=guessing,
+        rows=tuple(rows),
+        timings=tuple(timings),
+    )
+
+
+def _source(
+    trace: Path | None,
+    model: str | None,
+    given: tuple[int | None, int | None, int | None],
+    routing: Literal["uniform", "markov"] | None,
+    tokens: int | None,
+    seed: int,
+) -> _Source:
+    """Routes of a file, of a model's shape, or of a shape given by hand: exactly one of them."""
+    from moeflow.offload.routing import markov, uniform
+    from moeflow.offload.trace import load_trace
+    from moeflow.planning.shape import Shape, shape_of
+
+    if (trace is not None) + (model is not None) + (given != (None, None, None)) != 1:
+        raise UsageError("give a trace, or --model, or a shape by --layers, --experts and --top-k: one of the three")
+    if trace is not None:
+        if routing is not None:
+            raise UsageError(f"--routing is of synthetic routes; those of {trace} are recorded")
+        recorded = load_trace(trace)
+        if tokens is not None and tokens > len(recorded.routes):
+            raise UsageError(f"--tokens is {tokens}; {trace} has {len(recorded.routes)}")
+        return _Source(recorded.routes[:tokens], recorded.experts, recorded.model, "recorded")
+    if model is not None:
+        shape = shape_of(model)
+    else:
+        layers, experts, top_k = given
+        if layers is None or experts is None or top_k is None:
+            raise UsageError("a shape needs --layers, --experts and --top-k, all three")
+        shape = Shape("shape given", layers, experts, top_k)
+    kind = routing or "markov"
+    make = {"uniform": uniform, "markov": markov}[kind]
+    routes = make(shape.layers, shape.experts, shape.top_k, tokens or TOKENS, seed)
+    return _Source(routes, shape.experts, shape.model, kind)
+
+
+def _guessing(
+    routes: Routes,
+    predictor: Literal["none", "recall", "previous"],
+    recall: float | None,
+    guesses: int | None,
+    depth: int | None,
+    staging: int | None,
+) -> Guessing | None:
+    """What is asked of guesses, the rest as the planner sets it."""
+    from moeflow.planning.guessing import landing_buffers
+    from moeflow.schema import Guessing
+
+    if predictor == "none":
+        if (recall, guesses, depth, staging) != (None, None, None, None):
+            raise UsageError(
+                "--recall, --guesses, --depth and --staging are of guesses; give --predictor recall or previous, too"
+            )
+        return None
+    if (predictor == "recall") != (recall is not None):
+        raise UsageError("--predictor recall needs --recall, and no other takes it")
+    _, layers, top_k = routes.shape
+    ahead = min(depth or 1, max(1, layers - 1))
+    count = guesses or top_k
+    buffers = staging or landing_buffers(top_k, ahead, count)
+    return Guessing(predictor=predictor, recall=recall, experts=count, depth=ahead, staging=buffers)

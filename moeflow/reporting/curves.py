@@ -1,0 +1,82 @@
+"""A replay of routes as a picture: hit rate over k, a line for each policy, the optimum above them.
+
+A shade shows how far the layers lie apart. What was replayed stands below, so that the picture can travel alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moeflow.reporting.cells import fill
+from moeflow.reporting.picture import FAINT, INK, OURS, save
+from moeflow.reporting.simulation import guessed, remarks, subject
+from moeflow.schema import SimulatedRow, Simulation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot"]
+
+WIDTH, LINES, MARGIN, LINE = 10.0, 3.2, 0.25, 0.175  # inches; LINES is how high the axes are
+LOOKS = {"lru": (OURS, "-", "o"), "lfu": ("#b5651d", "-", "s"), "optimum": (FAINT, "--", "^")}
+
+
+def plot(found: Simulation, path: Path) -> None:
+    """Write the picture as PNG, atomically.
+
+    Raises:
+        UsageError: matplotlib is not installed, or `path` is no .png.
+        StorageError: the file cannot be written.
+    """
+    save(path, lambda: _figure(found))
+
+
+def _figure(found: Simulation) -> Figure:
+    from matplotlib.figure import Figure
+
+    about = [subject(found), *([f"guesses: {guessed(found)}"] if found.guessing else []), *remarks(found, speeds=False)]
+    caption = [line for text in about for line in fill(f"{text}.", 140)]
+    command = fill(found.command, 122)
+    foot = MARGIN + LINE * (len(caption) + len(command))
+    bottom, top = foot + 0.65, 0.75
+    height = bottom + LINES + top
+    figure = Figure(figsize=(WIDTH, height), facecolor="white")
+    figure.text(
+        MARGIN / WIDTH, 1 - MARGIN / height, "Share of expert uses that find their expert cached",
+        fontsize=14, color=INK, va="top", weight="bold",
+    )  # fmt: skip
+    for number, text in enumerate([*caption, *command]):
+        family = "monospace" if number >= len(caption) else "sans-serif"
+        place = (foot - LINE * number) / height
+        figure.text(MARGIN / WIDTH, place, text, fontsize=8.5, color=FAINT, va="top", family=family)
+    axes = figure.add_axes((0.75 / WIDTH, bottom / height, 1 - 1.0 / WIDTH, LINES / height))
+    _lines(axes, found)
+    return figure
+
+
+def _lines(axes: Axes, found: Simulation) -> None:
+    """A line for each policy; dotted in its colour, what is cached or was guessed in time."""
+    from matplotlib.ticker import MaxNLocator
+
+    lines: dict[tuple[str, bool], list[SimulatedRow]] = {}
+    for row in sorted(found.rows, key=lambda row: row.k):
+        lines.setdefault((row.policy, row.guesses is not None), []).append(row)
+    for (policy, guesses), rows in lines.items():
+        color, style, marker = LOOKS[policy]
+        ks, rates = [row.k for row in rows], [100 * found.served_rate(row) for row in rows]
+        name = f"{policy}, hit or foreseen" if guesses else policy
+        axes.plot(ks, rates, color=color, linestyle=":" if guesses else style, marker=marker, markersize=4, label=name)
+        if policy != "optimum" and not guesses:
+            layers = [found.layer_hit_rates(row) for row in rows]
+            least, most = ([100 * pick(shares) for shares in layers] for pick in (min, max))
+            axes.fill_between(ks, least, most, color=color, alpha=0.12, linewidth=0, label=f"{policy}, its layers")
+    axes.set_xlabel(f"experts cached per layer, of {found.experts}", color=INK)
+    axes.set_ylabel("hits, %", color=INK)
+    axes.set_ylim(0, 100)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color=FAINT, alpha=0.2)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, loc="lower right", fontsize=9)  # more slots hit more: that corner stays empty
