@@ -8,7 +8,6 @@ bytes, not the kernels that compute.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,24 +15,20 @@ from functools import partial
 
 import torch
 
-from moeflow.errors import DeviceError
 from moeflow.kernels.copy import RangeCopy
 from moeflow.kernels.launcher import cuda_launcher
-from moeflow.kernels.pages import allocate, device_address, register, unregister
+from moeflow.probe.cuda import cuda_memory, event_timer, registered, wake
 from moeflow.probe.measurement import REPEATS, Measurement, repeat
 from moeflow.progress import Progress, silent
-from moeflow.schema import Gpu
 
 __all__ = [
     "BUFFER",
     "copy_rate",
     "copy_rates",
-    "cuda_gpu",
     "device_rate",
     "kernel_rates",
     "link_rate",
     "link_rates",
-    "no_cuda_reason",
     "read_rate",
 ]
 
@@ -42,23 +37,6 @@ BUFFER = 256 << 20
 
 MIB = 1 << 20
 LOAD_SECONDS = 0.3  # of copies under way while the bus is looked at
-WAKE_SECONDS = 0.3  # of copies before the first that counts: a bus at rest is slowed down, and so are a GPU's clocks
-
-
-def cuda_gpu() -> Gpu | None:
-    """The GPU that torch takes by default, as CUDA describes it; None where torch cannot use one of NVIDIA's."""
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(0)
-    capability = f"{found.major}.{found.minor}"
-    return Gpu(name=found.name, memory=found.total_memory // MIB * MIB, compute_capability=capability)
-
-
-def no_cuda_reason() -> str:
-    """Why `cuda_gpu` is None though the driver shows a GPU."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return f"torch {torch.__version__} cannot start CUDA {torch.version.cuda} (driver too old?)"
 
 
 def copy_rate(nbytes: int = BUFFER, progress: Progress = silent) -> Measurement:
@@ -113,15 +91,15 @@ def link_rates(
         DeviceError: CUDA refused; memory of either side may be taken.
     """
     largest = max(sizes)
-    with _cuda_memory(largest):
+    with cuda_memory(largest):
         source = torch.empty(largest, dtype=torch.uint8, pin_memory=True).fill_(1)
         target = torch.zeros(largest, dtype=torch.uint8, device="cuda:0")
 
         def copy(at: slice) -> None:
             target[at].copy_(source[at], non_blocking=True)
 
-        _wake(copy, largest)
-        found = _by_size(sizes, copy, _event_timer(), "copying to the GPU", progress)
+        wake(copy, largest)
+        found = _by_size(sizes, copy, event_timer(), "copying to the GPU", progress)
         if under_load:
             for _ in range(max(2, int(LOAD_SECONDS * found[-1].rate / sizes[-1]))):
                 copy(slice(0, sizes[-1]))
@@ -138,15 +116,15 @@ def kernel_rates(sizes: Sequence[int], progress: Progress = silent) -> list[Meas
     """
     largest = max(sizes)
     launcher = cuda_launcher(torch.device("cuda:0"))
-    with _cuda_memory(largest), _registered(largest) as address:
+    with cuda_memory(largest), registered(largest) as address:
         kernel = RangeCopy(launcher, torch.device("cuda:0"))
         target = torch.zeros(largest, dtype=torch.uint8, device="cuda:0")
 
         def copy(at: slice) -> None:
             kernel(address + at.start, target[at])
 
-        _wake(copy, largest)
-        return _by_size(sizes, copy, _event_timer(), "copying by kernel", progress)
+        wake(copy, largest)
+        return _by_size(sizes, copy, event_timer(), "copying by kernel", progress)
 
 
 def device_rate(nbytes: int = BUFFER, progress: Progress = silent) -> Measurement:
@@ -155,24 +133,15 @@ def device_rate(nbytes: int = BUFFER, progress: Progress = silent) -> Measuremen
     Raises:
         DeviceError: CUDA refused; its memory may be taken.
     """
-    with _cuda_memory(2 * nbytes):
+    with cuda_memory(2 * nbytes):
         source = torch.ones(nbytes, dtype=torch.uint8, device="cuda:0")
         target = torch.zeros_like(source)
-        timer = _event_timer()
+        timer = event_timer()
         return repeat(2 * nbytes, lambda: timer(lambda: target.copy_(source)), "copying in GPU memory", progress)
 
 
 def _host_buffer(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8).fill_(1)
-
-
-def _wake(copy: Callable[[slice], None], nbytes: int) -> None:
-    until = time.monotonic() + WAKE_SECONDS
-    while True:
-        copy(slice(0, nbytes))
-        torch.cuda.synchronize()
-        if time.monotonic() >= until:
-            return
 
 
 def _by_size(
@@ -206,51 +175,3 @@ def _clocked(action: Callable[[], object]) -> Callable[[], float]:
         return time.perf_counter() - begin
 
     return timed
-
-
-def _event_timer() -> Callable[[Callable[[], object]], float]:
-    """Times by the GPU itself: a call returns before its copy ends, and launching takes time of its own."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def timed(action: Callable[[], object]) -> float:
-        stream = torch.cuda.current_stream(0)
-        begin.record(stream)
-        action()
-        end.record(stream)
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    return timed
-
-
-@contextlib.contextmanager
-def _registered(nbytes: int) -> Iterator[int]:
-    """Page-locked memory as the engine has it, by its address on the device."""
-    memory = allocate(nbytes).fill_(1)
-    if refused := register(memory):
-        raise DeviceError(f"the driver would not page-lock {nbytes >> 20} MiB: {refused}")
-    try:
-        yield device_address(memory.data_ptr())
-    finally:
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()  # nothing may still read it
-        unregister(memory)
-
-
-@contextlib.contextmanager
-def _cuda_memory(nbytes: int) -> Iterator[None]:
-    """Turn CUDA's errors into one with a remedy, and leave no buffers in torch's caches for the engine to lack."""
-    try:
-        with torch.cuda.device(0):
-            yield
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise DeviceError(
-            f"cannot measure the GPU with {nbytes >> 20} MiB of its memory: {reason}; end other programs that use "
-            "the GPU, or name a file of hardware/ instead of probing"
-        ) from error
-    finally:
-        with contextlib.suppress(RuntimeError):  # after an error of CUDA there may be nothing left to ask
-            torch.cuda.empty_cache()
-            if hasattr(torch.accelerator, "empty_host_cache"):  # torch 2.11 has none; its pinned buffer is reused
-                torch.accelerator.empty_host_cache()

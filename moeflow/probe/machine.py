@@ -88,12 +88,12 @@ class _Used:
 
 
 def _used_gpu() -> _Used:
-    from moeflow.probe import bandwidth
+    from moeflow.probe import cuda
 
-    known = bandwidth.cuda_gpu()
+    known = cuda.cuda_gpu()
     if known is None:
         seen = find_board()
-        return _Used(remarks=(f"{seen.gpu.name} is not used: {bandwidth.no_cuda_reason()}",) if seen else ())
+        return _Used(remarks=(f"{seen.gpu.name} is not used: {cuda.no_cuda_reason()}",) if seen else ())
     board = find_board(known.name, known)
     if board is None:
         values = ("gpu.name", "gpu.memory", "gpu.compute_capability")

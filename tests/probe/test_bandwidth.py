@@ -13,7 +13,7 @@ import torch
 from emulator.launcher import EmulatedLauncher, available
 
 from moeflow.errors import DeviceError
-from moeflow.probe import bandwidth
+from moeflow.probe import bandwidth, cuda
 from moeflow.probe.bandwidth import copy_rate, copy_rates, device_rate, kernel_rates, link_rate, link_rates, read_rate
 from moeflow.probe.measurement import REPEATS, Measurement
 from moeflow.schema import Gpu
@@ -141,7 +141,7 @@ class FakeCuda:
 
             return call
 
-        monkeypatch.setattr(bandwidth, "WAKE_SECONDS", 0)
+        monkeypatch.setattr(cuda, "WAKE_SECONDS", 0)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait for all"))
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "device", lambda _index: contextlib.nullcontext())
@@ -163,51 +163,51 @@ ONE_COPY = ["record", "copy True", "record", "synchronize", "elapsed"]
 
 
 def test_the_link_is_timed_by_events_around_a_pinned_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
+    fake = FakeCuda(monkeypatch)
     assert link_rate(4 * MIB).rate == pytest.approx(400 * MIB)
-    assert cuda.calls[:2] == ["pin_memory True", "device cuda:0"]
-    assert cuda.calls[2:] == WAKING + ONE_COPY * (1 + REPEATS) + ["release device", "release host"]
+    assert fake.calls[:2] == ["pin_memory True", "device cuda:0"]
+    assert fake.calls[2:] == WAKING + ONE_COPY * (1 + REPEATS) + ["release device", "release host"]
 
 
 def test_the_bus_is_looked_at_while_copies_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    link_rates([MIB, 4 * MIB], under_load=lambda: cuda.calls.append("look"))
-    behind = cuda.calls[2 + len(WAKING) + len(ONE_COPY) * (1 + 16 + 1 + REPEATS) :]
+    fake = FakeCuda(monkeypatch)
+    link_rates([MIB, 4 * MIB], under_load=lambda: fake.calls.append("look"))
+    behind = fake.calls[2 + len(WAKING) + len(ONE_COPY) * (1 + 16 + 1 + REPEATS) :]
     copies = int(bandwidth.LOAD_SECONDS / 0.01)  # a copy takes 10 ms by the fake's clock
     assert behind == ["copy True"] * copies + ["look", "wait for all", "release device", "release host"]
 
 
 def test_device_memory_counts_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
+    fake = FakeCuda(monkeypatch)
     assert device_rate(MIB).rate == pytest.approx(200 * MIB)
-    assert "pin_memory True" not in cuda.calls
-    assert cuda.calls.count("synchronize") == 1 + REPEATS
+    assert "pin_memory True" not in fake.calls
+    assert fake.calls.count("synchronize") == 1 + REPEATS
 
 
 @pytest.mark.skipif(not available(), reason="no g++")
 def test_the_copy_kernel_copies_every_byte_from_registered_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real kernel on a CPU: its target holds what lay in host memory, at each place that is timed."""
-    cuda = FakeCuda(monkeypatch)
+    fake = FakeCuda(monkeypatch)
     held: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
     monkeypatch.setattr(torch, "device", lambda _name: "cpu")
     monkeypatch.setattr(bandwidth, "cuda_launcher", lambda _: EmulatedLauncher())
-    monkeypatch.setattr(bandwidth, "register", lambda memory: held.append(memory.random_(256)))
-    monkeypatch.setattr(bandwidth, "unregister", lambda _: cuda.calls.append("unregister"))
-    monkeypatch.setattr(bandwidth, "device_address", lambda pointer: pointer)
+    monkeypatch.setattr(cuda, "register", lambda memory: held.append(memory.random_(256)))
+    monkeypatch.setattr(cuda, "unregister", lambda _: fake.calls.append("unregister"))
+    monkeypatch.setattr(cuda, "device_address", lambda pointer: pointer)
     make = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, **k: targets.append(make(*a, **k)) or targets[-1])
     nbytes = 3 * 8192
     found = kernel_rates([8192, nbytes])
     assert [m.rate for m in found] == [pytest.approx(819_200), pytest.approx(100 * nbytes)]
     assert torch.equal(targets[-1], held[0])
-    assert cuda.calls[-4:] == ["wait for all", "unregister", "release device", "release host"]
+    assert fake.calls[-4:] == ["wait for all", "unregister", "release device", "release host"]
 
 
 def test_memory_that_the_driver_does_not_lock_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCuda(monkeypatch)
     monkeypatch.setattr(bandwidth, "cuda_launcher", lambda _: EmulatedLauncher())
-    monkeypatch.setattr(bandwidth, "register", lambda _memory: "out of memory")
+    monkeypatch.setattr(cuda, "register", lambda _memory: "out of memory")
     with pytest.raises(DeviceError, match="would not page-lock 1 MiB: out of memory"):
         kernel_rates([MIB])
 
@@ -221,7 +221,7 @@ def test_without_a_gpu_the_kernel_is_an_error() -> None:
 def test_a_gpu_of_another_maker_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert bandwidth.cuda_gpu() is None
+    assert cuda.cuda_gpu() is None
 
 
 def test_cuda_s_own_view_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,18 +229,18 @@ def test_cuda_s_own_view_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-    assert bandwidth.cuda_gpu() == Gpu(name="NVIDIA X", memory=100 << 30, compute_capability="12.1")
+    assert cuda.cuda_gpu() == Gpu(name="NVIDIA X", memory=100 << 30, compute_capability="12.1")
 
 
 def test_a_bus_at_rest_is_woken_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    monkeypatch.setattr(bandwidth, "WAKE_SECONDS", 0.02)
+    fake = FakeCuda(monkeypatch)
+    monkeypatch.setattr(cuda, "WAKE_SECONDS", 0.02)
     begin = time.monotonic()
     link_rates([MIB], under_load=None)
-    first = cuda.calls.index("record")
+    first = fake.calls.index("record")
     assert time.monotonic() - begin >= 0.02
     assert first > 2 + len(WAKING)
-    assert cuda.calls[2:first] == WAKING * ((first - 2) // 2)
+    assert fake.calls[2:first] == WAKING * ((first - 2) // 2)
 
 
 @pytest.mark.gpu

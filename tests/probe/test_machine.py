@@ -22,7 +22,7 @@ from test_nvml import BOARDS, FakeDriver
 
 from moeflow import __version__
 from moeflow.errors import DeviceError, UsageError
-from moeflow.probe import bandwidth, disk, estimate, machine
+from moeflow.probe import bandwidth, cuda, disk, estimate, machine
 from moeflow.probe import rates as rates_module
 from moeflow.probe.machine import probe
 from moeflow.probe.match import find_hardware
@@ -81,7 +81,7 @@ def see(monkeypatch: pytest.MonkeyPatch, board: Board | None, known: Gpu | None)
 
     monkeypatch.setattr(machine, "find_board", find)
     monkeypatch.setattr(rates_module, "read_bus", bus)
-    monkeypatch.setattr(bandwidth, "cuda_gpu", lambda: known)
+    monkeypatch.setattr(cuda, "cuda_gpu", lambda: known)
     return asked
 
 
@@ -194,13 +194,13 @@ def test_a_gpu_that_torch_cannot_use_is_left_out_and_said(
     monkeypatch: pytest.MonkeyPatch, rates: dict[str, list[int]]
 ) -> None:
     see(monkeypatch, BOARD_IN_USE, None)
-    monkeypatch.setattr(bandwidth.torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "cuda", None)
     profile = probe()
     assert profile.gpu is None
     assert "RTX 3060 is not used: torch" in profile.description
     assert "built without CUDA" in profile.description
     assert "\n" not in profile.description
-    monkeypatch.setattr(bandwidth.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "cannot start CUDA 13.0" in probe().description
     assert "link_rates" not in rates
 
@@ -267,7 +267,7 @@ def test_the_profile_is_shareable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_no_serial_number_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's own UUID stays with the driver even when the environment chooses by it."""
     FakeDriver(BOARDS).install(monkeypatch)
-    monkeypatch.setattr(bandwidth, "cuda_gpu", lambda: BOARD.model_copy(update={"name": "Tesla T4"}))
+    monkeypatch.setattr(cuda, "cuda_gpu", lambda: BOARD.model_copy(update={"name": "Tesla T4"}))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-bbbb-2222")
     profile = probe()
     assert profile.gpu is not None
