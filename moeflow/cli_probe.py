@@ -28,8 +28,8 @@ def probe(
     disk: Annotated[
         Path | None,
         typer.Option(
-            help="Directory of artifacts, whose disk is read (an artifact's own: at its experts' size). Default: "
-            "artifacts/, or the current one.",
+            help="Directory whose disk is measured, by a temporary file of 256 MiB at most; an artifact's own: at the "
+            "size of its experts. Default: artifacts/, or the current one.",
             show_default=False,
         ),
     ] = None,

@@ -130,10 +130,9 @@ def _choose(visible: int | str, named: str | None) -> Any | None:
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     if isinstance(visible, str):
         return next((h for h in handles if pynvml.nvmlDeviceGetUUID(h).startswith(visible)), None)
-    by_name = [h for h in handles if pynvml.nvmlDeviceGetName(h) == named]
-    if by_name:
-        return by_name[0]
-    return handles[visible] if visible < len(handles) else None
+    by_number = handles[visible : visible + 1]  # among equal GPUs both count alike
+    by_name = [h for h in (*by_number, *handles) if pynvml.nvmlDeviceGetName(h) == named]
+    return next(iter(by_name or by_number), None)
 
 
 def _describe(handle: Any, known: Gpu | None) -> Board:
@@ -157,7 +156,8 @@ def _describe(handle: Any, known: Gpu | None) -> Board:
     gpu = Gpu(**found | {key: getattr(known, key) for key in missing})
     count = pynvml.nvmlDeviceGetCount()
     if count > 1:
-        remarks.append(f"one of {count} GPUs, the first that CUDA takes: CUDA_VISIBLE_DEVICES chooses another")
+        number = pynvml.nvmlDeviceGetIndex(handle)
+        remarks.append(f"GPU {number} of {count}, counted from 0: CUDA_VISIBLE_DEVICES chooses another")
     pcie = _pcie(handle, remarks)
     driver = _ask("driver version", lambda: str(pynvml.nvmlSystemGetDriverVersion()), remarks)
     return Board(gpu, pcie, memory and memory.free, driver, tuple(remarks))

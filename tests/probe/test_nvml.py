@@ -42,6 +42,7 @@ class FakeDriver:
         monkeypatch.setattr(pynvml, "nvmlShutdown", shutdown)
         monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(self.boards))
         monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda i: self.boards[i])
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetIndex", lambda h: self.boards.index(h))
         monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda h: h[0])
         monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda h: SimpleNamespace(total=h[1], free=h[1] // 2))
         monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
@@ -169,7 +170,16 @@ def test_a_board_has_bus_free_memory_and_version_and_says_which_of_several_it_is
     assert board.pcie == Pcie(generation=4, lanes=16)
     assert board.free == (12 * GIB + 4711) // 2
     assert board.driver == "580.1"
-    assert board.remarks == ("one of 3 GPUs, the first that CUDA takes: CUDA_VISIBLE_DEVICES chooses another",)
+    assert board.remarks == ("GPU 0 of 3, counted from 0: CUDA_VISIBLE_DEVICES chooses another",)
+
+
+def test_among_equal_gpus_the_number_decides(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bus that is read must be the one that copies run over."""
+    driver.boards = [(*BOARDS[0][:3], f"GPU-{n}") for n in range(3)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    board = find_board(BOARDS[0][0])
+    assert board is not None
+    assert board.remarks[0].startswith("GPU 2 of 3, ")
 
 
 def test_a_single_gpu_needs_no_remark(driver: FakeDriver) -> None:
