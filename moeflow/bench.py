@@ -71,8 +71,8 @@ class Settings:
 def measure_limits(progress: Progress = silent) -> Limits:
     """The link's peak in copies of 1 GiB, and the memory's bandwidth; on a CPU what stands for them."""
     if torch.cuda.is_available():
-        return Limits(link_peak=link_rate(GIB, progress), memory_bandwidth=device_rate(GIB, progress))
-    return Limits(link_peak=copy_rate(progress=progress), memory_bandwidth=read_rate(progress=progress))
+        return Limits(link_peak=link_rate(GIB, progress).rate, memory_bandwidth=device_rate(GIB, progress).rate)
+    return Limits(link_peak=copy_rate(progress=progress).rate, memory_bandwidth=read_rate(progress=progress).rate)
 
 
 def run_rows(

@@ -16,6 +16,7 @@ import typer
 from moeflow.cli_bench import bench
 from moeflow.cli_hardware import hardware as hardware_commands
 from moeflow.cli_pack import pack
+from moeflow.cli_probe import probe
 from moeflow.cli_simulate import simulate
 from moeflow.errors import MoeflowError
 
@@ -73,27 +74,7 @@ def _options(
         raise typer.Exit
 
 
-@app.command()
-def probe(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a hardware profile here.")] = None,
-    name: Annotated[str, typer.Option(help="Name of the hardware profile.")] = "this-machine",
-    disk: Annotated[Path | None, typer.Option(help="Also measure reading from this directory.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure this machine: GPU, memory, link. The file is shareable; it names no host and no user."""
-    from moeflow.console import out, show_findings, show_hardware
-    from moeflow.probe.machine import probe as measure
-    from moeflow.probe.match import known_hardware, match
-
-    hardware = measure(name=output.stem if output else name, directory=disk)
-    if output:
-        hardware.save(output)
-    if as_json:
-        return typer.echo(hardware.to_json(), nl=False)
-    show_hardware(hardware, to=out)
-    if found := match(hardware, known_hardware().values()):
-        show_findings("in hardware/", [found], to=out)
-    return None
+app.command()(probe)
 
 
 @app.command()
@@ -106,7 +87,8 @@ def autotune(
 ) -> None:
     """Choose bits and cache size for a model on a machine, and write a profile that `pack` takes."""
     from moeflow import pipeline
-    from moeflow.console import say, show_candidates, show_hardware
+    from moeflow.console import say, show_candidates
+    from moeflow.console_hardware import show_hardware
     from moeflow.schema import Profile
 
     machine = pipeline.resolve_hardware(hardware)
@@ -301,7 +283,8 @@ def quickstart(
 ) -> None:
     """Probe, plan, pack and run the demo model that ships with moeflow; no download, no GPU needed."""
     from moeflow import pipeline
-    from moeflow.console import progress_bar, say, show_candidates, show_hardware, show_plan
+    from moeflow.console import progress_bar, say, show_candidates, show_plan
+    from moeflow.console_hardware import show_hardware
     from moeflow.schema import Cache, Profile
 
     if (output / "manifest.json").is_file():

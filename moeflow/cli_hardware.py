@@ -35,7 +35,8 @@ NEAREST = 3  # findings shown; those behind them resemble the GPU too little to 
 @hardware.command("list")
 def list_machines(as_json: Json = False) -> None:
     """List the machines that ship with moeflow."""
-    from moeflow.console import out, show_machines
+    from moeflow.console import out
+    from moeflow.console_hardware import show_machines
     from moeflow.probe.match import known_hardware
 
     known = known_hardware()
@@ -50,7 +51,8 @@ def show_machine(
     as_json: Json = False,
 ) -> None:
     """Show a machine, and where each of its values comes from."""
-    from moeflow.console import out, show_sources
+    from moeflow.console import out
+    from moeflow.console_hardware import show_sources
     from moeflow.probe.match import find_hardware
 
     profile = find_hardware(name)
@@ -62,11 +64,12 @@ def match_machine(
     name: Annotated[str | None, typer.Option(help="A GPU as its driver names it; default: this machine.")] = None,
     memory: Annotated[str | None, typer.Option(help="The GPU's memory, such as 8GiB; needs --name.")] = None,
     compute_capability: Annotated[str | None, typer.Option(help="Such as 8.9; needs --name.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A hardware profile that `moeflow probe -o` wrote.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A hardware profile that `moeflow probe --save` wrote.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find the machines in hardware/ nearest to this one, to a GPU or to a file, and say what differs."""
-    from moeflow.console import out, show_findings
+    from moeflow.console import out
+    from moeflow.console_hardware import show_findings
     from moeflow.probe.match import known_hardware
     from moeflow.probe.nearest import nearest
 
@@ -85,8 +88,9 @@ def match_machine(
 
 def _sought(name: str | None, memory: str | None, capability: str | None, file: Path | None) -> tuple[Sought, str]:
     """What is looked for, and a title for it."""
-    from moeflow.probe.devices import find_cpu, find_gpu, find_memory
+    from moeflow.probe.devices import find_cpu, find_memory
     from moeflow.probe.nearest import Sought
+    from moeflow.probe.nvml import find_gpu
     from moeflow.schema import HardwareProfile
 
     if name is None and (memory or capability):

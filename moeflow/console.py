@@ -16,29 +16,26 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moeflow.progress import Progress
-from moeflow.schema import HardwareProfile, Manifest, Plan
+from moeflow.schema import Manifest, Plan
 from moeflow.schema.layers import written
-from moeflow.schema.units import format_rate, format_size
+from moeflow.schema.units import format_size
 
 if TYPE_CHECKING:
     from moeflow.generation import Statistics
     from moeflow.planning.forecast import Forecast
     from moeflow.planning.search import Candidate
-    from moeflow.probe.nearest import Finding
 
 __all__ = [
     "err",
+    "fact_table",
+    "grid",
     "out",
     "progress_bar",
     "say",
     "show_candidates",
-    "show_findings",
     "show_forecast",
-    "show_hardware",
-    "show_machines",
     "show_manifest",
     "show_plan",
-    "show_sources",
     "show_stats",
 ]
 
@@ -73,7 +70,8 @@ def progress_bar() -> Iterator[Progress]:
         yield report
 
 
-def _facts(to: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+def fact_table(to: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Names and values, one a line."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
@@ -82,80 +80,13 @@ def _facts(to: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
     to.print(table)
 
 
-def _grid(to: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def grid(to: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table with headings."""
     columns = (Column(heading, overflow="fold") for heading in headings)  # never "...": a cell cut short is no answer
     table = Table(*columns, title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="cyan")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     to.print(table)
-
-
-def show_hardware(hardware: HardwareProfile, to: Console = err) -> None:
-    """A machine's facts."""
-    gpu, cpu = hardware.gpu, hardware.cpu
-    rows = [("GPU", f"{gpu.name}, {format_size(gpu.memory)}, compute {gpu.compute_capability}" if gpu else "none")]
-    if gpu and gpu.memory_bandwidth:
-        rows.append(("GPU memory", format_rate(gpu.memory_bandwidth)))
-    rows += [
-        ("CPU", f"{cpu.name or 'unnamed'}, {cpu.cores} cores"),
-        ("RAM", format_size(hardware.ram) + (f", {format_rate(cpu.memory_bandwidth)}" if cpu.memory_bandwidth else "")),
-        ("link", f"{format_rate(hardware.link.host_to_device)} host to {'device' if gpu else 'slots (memory copy)'}"),
-    ]
-    if hardware.disk:
-        rows.append(("disk", f"{format_rate(hardware.disk.read)} read"))
-    _facts(to, f"{hardware.name} ({hardware.origin})", rows)
-
-
-def show_machines(profiles: Iterable[HardwareProfile], to: Console = out) -> None:
-    """Machines, one a line."""
-    rows = [
-        (
-            profile.name,
-            _short_name(profile.gpu.name) if profile.gpu else "none",
-            format_size(profile.gpu.memory) if profile.gpu else "",
-            format_rate(profile.gpu.memory_bandwidth) if profile.gpu and profile.gpu.memory_bandwidth else "",
-            format_rate(profile.link.host_to_device),
-            profile.origin,
-        )
-        for profile in profiles
-    ]
-    _grid(to, "machines in hardware/", ("name", "GPU", "memory", "its rate", "link", "rates are"), rows)
-
-
-def _short_name(gpu: str) -> str:
-    return gpu.removeprefix("NVIDIA ").removeprefix("GeForce ").removesuffix(" GPU")
-
-
-def show_sources(profile: HardwareProfile, to: Console = out) -> None:
-    """A machine's values, each with where it comes from."""
-    written = {
-        "gpu.memory": format_size,
-        "gpu.memory_bandwidth": format_rate,
-        "cpu.memory_bandwidth": format_rate,
-        "ram": format_size,
-        "link.host_to_device": format_rate,
-        "link.pcie": lambda bus: f"{bus.generation}.0 x{bus.lanes}",
-        "disk.read": format_rate,
-    }
-    rows = [(name, written.get(name, str)(value), profile.source(name)) for name, value in profile.values().items()]
-    _grid(to, escape(f"{profile.name}: {profile.description}"), ("value", "", "source"), rows)
-
-
-KINDS = {"same": "the same GPU", "variant": "another version of this GPU", "nearest": "another one, the nearest"}
-
-
-def show_findings(title: str, findings: Sequence[Finding], to: Console = out) -> None:
-    """The nearest machine with what matches and what differs, and the names of those behind it."""
-    best, *others = findings
-    rows = [
-        (KINDS[best.kind], best.profile.name),
-        ("same", ", ".join(best.same) or "nothing"),
-        ("differs", "\n".join(best.differs) or "nothing"),
-        ("not known", ", ".join(best.unknown) or "nothing"),
-    ]
-    if best.kind != "same" and others:
-        rows.append(("then", ", ".join(finding.profile.name for finding in others)))
-    _facts(to, escape(title), rows)
 
 
 def show_plan(plan: Plan, to: Console = err) -> None:
@@ -189,7 +120,7 @@ def show_plan(plan: Plan, to: Console = err) -> None:
                 f"{format_size(bound.read_bytes)} read per token at these rates, if routing were uniform",
             )
         )
-    _facts(to, f"plan ({plan.strategy})", rows)
+    fact_table(to, f"plan ({plan.strategy})", rows)
 
 
 def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
@@ -201,7 +132,7 @@ def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
         k = str(c.plan.cache_slots[0]) if c.plan else "-"
         speed = f"{c.tokens_per_second:.4g}" if c.plan else c.refusal
         rows.append((mark, label, format_size(c.expert_nbytes), k, speed))
-    _grid(err, "quantization", ("", "experts", "size", "k", "bound, tokens/s"), rows)
+    grid(err, "quantization", ("", "experts", "size", "k", "bound, tokens/s"), rows)
 
 
 def show_manifest(manifest: Manifest, to: Console = out) -> None:
@@ -210,7 +141,7 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
     dense = manifest.resident_nbytes - sum(m.nbytes for m in manifest.resident)
     expert_bits = 8 * manifest.expert_nbytes / facts.expert_parameters  # with scales, zeros and padding
     errors = [layer.relative_error for layer in manifest.layers]
-    _facts(
+    fact_table(
         to,
         f"{facts.source} ({facts.type})",
         [
@@ -219,7 +150,7 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
             ("quantization", str(manifest.quantization)),
         ],
     )
-    _grid(
+    grid(
         to,
         "sizes",
         ("role", "bytes", "bits a weight", "relative error"),
@@ -242,7 +173,7 @@ def show_manifest(manifest: Manifest, to: Console = out) -> None:
         ]
         whose = f"; {_whose(manifest, number)}" if len(manifest.layouts) > 1 else ""
         title = f"blob {number}: {layout.matrices[0].scheme.label}, {layout.nbytes:,} bytes{whose}"
-        _grid(to, title, ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows)
+        grid(to, title, ("matrix", "part", "dtype", "shape", "offset", "bytes"), rows)
 
 
 def _whose(manifest: Manifest, number: int) -> str:
@@ -269,14 +200,14 @@ def _resident_rows(manifest: Manifest) -> Iterator[tuple[str, str, str, str]]:
 
 def show_forecast(found: Forecast, to: Console = out) -> None:
     """What a pack would make and take."""
-    _grid(
+    grid(
         to,
         f"{found.model}, shapes from {found.origin}",
         ("role", "stored as", "weights", "bytes", "bits a weight"),
         [(r.role, r.scheme.label, f"{r.weights:,}", format_size(r.nbytes), f"{r.bits:.2f}") for r in found.roles],
     )
     short = "" if found.disk_needed <= found.disk_free else ": not enough, choose another output or fewer bits"
-    _facts(
+    fact_table(
         to,
         f"packing into {found.output}",
         [

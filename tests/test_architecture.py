@@ -27,7 +27,8 @@ LAYERS = [
     {"bench", "pipeline"},
     {"reporting"},
     {"console"},
-    {"cli_bench", "cli_hardware", "cli_pack", "cli_simulate"},
+    {"console_hardware"},
+    {"cli_bench", "cli_hardware", "cli_pack", "cli_probe", "cli_simulate"},
     {"cli"},
     {"__main__"},
 ]
@@ -36,7 +37,8 @@ TORCH_FREE = [
     "moeflow.planning.planner", "moeflow.planning.search", "moeflow.offload.policy", "moeflow.artifact.checkpoint",
     "moeflow.artifact.reader", "moeflow.artifact.layout", "moeflow.artifact.blueprint", "moeflow.artifact.synthetic",
     "moeflow.offload.routing", "moeflow.reporting.text", "moeflow.reporting.plot", "moeflow.probe.environment",
-    "moeflow.probe.machine", "moeflow.probe.match", "moeflow.probe.nearest",
+    "moeflow.probe.machine", "moeflow.probe.match", "moeflow.probe.nearest", "moeflow.probe.nvml",
+    "moeflow.probe.rates", "moeflow.probe.estimate", "moeflow.cli_probe", "moeflow.console_hardware",
     "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.planning.simulator", "moeflow.planning.shape",
     "moeflow.reporting.simulation", "moeflow.reporting.curves",
 ]  # fmt: skip

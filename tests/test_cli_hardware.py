@@ -12,7 +12,7 @@ import pytest
 
 from moeflow import cli
 from moeflow.files import data_dir
-from moeflow.probe import devices
+from moeflow.probe import devices, nvml
 from moeflow.probe.match import find_hardware, known_hardware
 from moeflow.schema import Cpu, Gpu, HardwareProfile
 
@@ -94,7 +94,7 @@ def test_words_in_brackets_are_text(hardware: Run) -> None:
 
 def test_match_of_this_machine(hardware: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(name="NVIDIA GeForce RTX 4090", memory=24564 << 20, compute_capability="8.9")
-    monkeypatch.setattr(devices, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(nvml, "find_gpu", lambda: gpu)
     monkeypatch.setattr(devices, "find_cpu", lambda: Cpu(cores=8))
     monkeypatch.setattr(devices, "find_memory", lambda: 32 << 30)
     code, out, _ = hardware("match")
@@ -102,7 +102,7 @@ def test_match_of_this_machine(hardware: Run, monkeypatch: pytest.MonkeyPatch) -
     assert "this machine, NVIDIA GeForce RTX 4090" in out
     assert "the same GPU  rtx-4090" in out
     assert "RAM is 32 GiB, in the file 64 GiB" in out
-    monkeypatch.setattr(devices, "find_gpu", lambda: None)
+    monkeypatch.setattr(nvml, "find_gpu", lambda: None)
     assert "another one, the nearest  cpu-2-cores" in hardware("match")[1]
 
 
@@ -161,7 +161,7 @@ def test_validate_tells_every_fault_in_one_line(hardware: Run, tmp_path: Path) -
     assert code == 3
     assert out == f"{good}: valid hardware profile\n"
     lines = err.removeprefix("error: ").splitlines()
-    assert lines[0] == f"{bad}: origin is guess; it supports measured, datasheet"
+    assert lines[0] == f"{bad}: origin is guess; it supports measured, datasheet, derived"
     assert lines[1].startswith(f"{bad}: cpu.cores is 0; ")
     assert lines[2].startswith(f"{broken}:2:1: not valid YAML")
     assert lines[3] == f"{absent}: cannot read: no such file or directory"

@@ -16,10 +16,11 @@ from functools import partial
 import torch
 
 from moeflow.artifact.layout import expert_layout, packed_matrix
+from moeflow.kernels.copy import COPY_BLOCKS, COPY_THREADS, PIECE
 from moeflow.kernels.gemv import Gate, Gemv, Jobs
 from moeflow.kernels.launcher import CudaLauncher, cuda_launcher
-from moeflow.offload.device import COPY_BLOCKS, COPY_THREADS, PIECE, WARPS
-from moeflow.offload.store import PORTABLE_AND_MAPPED
+from moeflow.kernels.pages import PORTABLE_AND_MAPPED
+from moeflow.offload.device import WARPS
 from moeflow.probe.bandwidth import device_rate, link_rate
 from moeflow.schema import BitsAndBytesScheme, HqqScheme, Scheme
 
@@ -133,7 +134,7 @@ def copies(launcher: CudaLauncher, peak: float) -> None:
 
 def main() -> None:
     launcher = cuda_launcher(DEVICE)
-    bandwidth, peak = device_rate(GIB), link_rate(GIB)
+    bandwidth, peak = device_rate(GIB).rate, link_rate(GIB).rate
     print(f"{torch.cuda.get_device_name()}: memory {bandwidth / 1e9:.0f} GB/s, copy engine {peak / 1e9:.1f} GB/s")
     if "--sweep" in sys.argv:
         sweep(launcher, bandwidth)

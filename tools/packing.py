@@ -30,7 +30,7 @@ from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.packer import Packer
 from moeflow.artifact.safetensors import ShardWriter
 from moeflow.kernels import packing
-from moeflow.probe.disk import disk_rate
+from moeflow.probe.disk import disk_rates
 from moeflow.probe.environment import environment
 from moeflow.quantization.hqq import HqqQuantizer
 from moeflow.schema import DenseScheme, HqqScheme, Quantization
@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     nbytes = write_checkpoint(folder / "checkpoint", layers, tiny)
     print(f"checkpoint: {layers} layers, {nbytes / 1e9:.2f} GB, {time.perf_counter() - begin:.1f} s", flush=True)
-    rates = [disk_rate(folder, nbytes=min(nbytes, DISK_BYTES))]
+    rates = [disk_rates(folder, nbytes=min(nbytes, DISK_BYTES)).sequential.rate]
     experts = HqqScheme(bits=arguments.bits, group_size=arguments.group_size, metadata_bits=arguments.metadata_bits)
     quantization = Quantization(experts=experts, attention=HqqScheme() if not tiny else DenseScheme())
     checkpoint = Checkpoint.open(folder / "checkpoint")
@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         begin = time.perf_counter()
         packer.run()
         seconds = time.perf_counter() - begin
-    rates.append(disk_rate(folder, nbytes=min(nbytes, DISK_BYTES)))
+    rates.append(disk_rates(folder, nbytes=min(nbytes, DISK_BYTES)).sequential.rate)
     disk = statistics.mean(rates)  # a disk that others use is not the same for long
     return {
         "command": " ".join(["python", *sys.argv]),

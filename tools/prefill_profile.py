@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4)
     given = parser.parse_args()
     artifact, wanted, plan = parts(given)
-    peak = link_rate(GIB)
+    peak = link_rate(GIB).rate
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with Engine(artifact, plan) as engine:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from moeflow.errors import DeviceError
+from moeflow.kernels.copy import COPY_BLOCKS, COPY_THREADS, PIECE
 from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Kernel, Launcher
-from moeflow.offload.mover import PIECE, Blobs, Mover
+from moeflow.offload.mover import Blobs, Mover
 from moeflow.offload.pools import Pool, Residents
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import Manifest, Plan
@@ -29,9 +30,6 @@ __all__ = ["DeviceCache", "Found", "MakeMover"]
 MakeMover = Callable[[Sequence[Blobs], int], Mover | None]
 """A mover for layers' blobs and so many copies a layer at most; None where kernels are as fast."""
 
-# Four blocks of 16 warps fill PCIe 5 x16 from huge pages (50.6 GB/s of the copy engine's 51.5), eight also from small
-# ones (47.4 instead of 35.2 over 12 GiB); more slow the products beside them.
-COPY_BLOCKS, COPY_THREADS = 8, 512
 WARPS = COPY_BLOCKS * COPY_THREADS // 32
 LOCAL_BLOCKS = 256  # within the device: two a multiprocessor keep its memory busy
 LOCAL_WARPS = LOCAL_BLOCKS * COPY_THREADS // 32

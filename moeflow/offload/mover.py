@@ -21,11 +21,12 @@ from typing import Protocol
 import torch
 
 from moeflow.errors import DeviceError
+from moeflow.kernels.copy import PIECE
 from moeflow.offload.spin_lock import SpinLock
 
 __all__ = ["Blobs", "Copier", "Mover", "pays"]
 
-PIECE = 4096  # bytes; desk.cuh's, as all below
+# desk.cuh's, as all below
 ALONE, ARRIVED, DESK = 2, 4, 8
 LOCK, POST_TURN, POST_LAYER, POST_COUNT, POST_ENDED, TAKEN_BACK, POST_JOBS = 0, 16, 17, 18, 19, 32, 48
 

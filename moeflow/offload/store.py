@@ -13,7 +13,6 @@ when the process ends, whichever comes first.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,16 +20,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 from torch import Tensor
 
-from moeflow.artifact.layout import PAGE
 from moeflow.artifact.reader import Artifact
-from moeflow.errors import CapacityError, DeviceError
+from moeflow.errors import CapacityError
+from moeflow.kernels.pages import allocate, device_address
+from moeflow.kernels.pages import register as _register
+from moeflow.kernels.pages import unregister as _unregister
 from moeflow.progress import Progress, silent
 from moeflow.schema.units import format_size
 
 __all__ = ["HostStore"]
 
-HUGE = 2 << 20  # bytes of a huge page
-PORTABLE_AND_MAPPED = 1 | 2  # cudaHostRegisterPortable, cudaHostRegisterMapped
 READERS = 4  # threads that read and digest; more did not help a single disk
 
 
@@ -89,7 +88,7 @@ class HostStore:
     def address(self, layer: int) -> int:
         """Where the layer's first blob lies; for page-locked memory as a CUDA device sees it."""
         pointer = self._memory[layer].data_ptr()
-        return _device_address(pointer) if self._locked[layer] else pointer
+        return device_address(pointer) if self._locked[layer] else pointer
 
     def _load(self, progress: Progress) -> None:
         places = list(self._places())
@@ -148,40 +147,13 @@ class HostStore:
 
 
 def _allocate(nbytes: int) -> Tensor:
-    """Ordinary memory that begins at a page: two registered pieces may not share one.
-
-    So does its storage, where torch looks when it is asked whether a tensor is page-locked (`is_pinned`). Large pieces
-    begin at a huge page and ask for them: a device that reads many gigabytes translates every page's address.
-    """
-    page = HUGE if nbytes >= HUGE else PAGE
     try:
-        memory = mmap.mmap(-1, nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return allocate(nbytes)
     except OSError as error:
         raise CapacityError(
             f"host memory for experts: {format_size(nbytes)} more refused; set memory.ram lower, the rest "
             "is then read from disk"
         ) from error
-    if page == HUGE:
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % page
-    return torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=nbytes) if nbytes else whole[:0]
-
-
-def _register(memory: Tensor) -> str | None:
-    """Page-lock `memory` for every CUDA device, or say why the driver would not."""
-    runtime = torch.cuda.cudart()
-    code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE_AND_MAPPED)
-    if int(code) == 0:
-        return None
-    with contextlib.suppress(RuntimeError):  # the runtime remembers its error, and the next launch would raise it
-        torch.zeros(1, device="cuda")
-    return str(runtime.cudaGetErrorString(code))
-
-
-def _unregister(memory: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def _unlock(held: list[Tensor]) -> None:
@@ -193,13 +165,3 @@ def _unlock(held: list[Tensor]) -> None:
         with contextlib.suppress(Exception):
             _unregister(held[-1])
         held.pop()
-
-
-def _device_address(pointer: int) -> int:
-    """The device's address of registered memory; on most systems the host's own."""
-    from cuda.bindings import driver
-
-    code, address = driver.cuMemHostGetDevicePointer(pointer, 0)
-    if int(code):
-        raise DeviceError(f"CUDA does not map page-locked memory on this device ({code.name})")
-    return int(address)

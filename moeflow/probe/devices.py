@@ -1,37 +1,47 @@
-"""What this machine has: GPU by NVIDIA's driver (pynvml), processor and memory by the operating system.
+"""What the host has, as the operating system counts it: processor, memory, and how much of it may be locked.
 
-The driver is asked and not torch, because that takes milliseconds and starts no CUDA context. Nothing that
-tells one machine from another of its kind is read into a document: no host, user, serial number or UUID.
-How fast things are is measured in `moeflow.probe.bandwidth`.
+A container's limits count, not the machine's own figures. Nothing that tells one machine from another of its kind is
+read into a document: no host, user or serial number. The GPU is found in `moeflow.probe.nvml`, and how fast things are
+is measured in `moeflow.probe.bandwidth`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from moeflow.errors import DeviceError
 from moeflow.probe.cgroup import cpu_limit, memory_limit
-from moeflow.schema import Cpu, Gpu
+from moeflow.schema import Cpu
+from moeflow.schema.units import format_size
 
-__all__ = ["find_cpu", "find_memory", "find_gpu"]
+__all__ = ["find_cpu", "find_lockable", "find_memory"]
 
 MIB = 1 << 20
 CPUINFO = Path("/proc/cpuinfo")
+STATUS = Path("/proc/self/status")
+CAP_IPC_LOCK = 14
 TOPOLOGY = Path("/sys/devices/system/cpu")
+# What products of few rows gain by, as /proc/cpuinfo writes it; others are left out.
+INSTRUCTION_SETS = (
+    "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme",
+)  # fmt: skip
 
 
 def find_cpu() -> Cpu:
-    """Name, and the physical cores that affinity and cgroup leave to this process; no rate."""
+    """Name, instruction sets, and the physical cores that affinity and cgroup leave to this process; no rate."""
     usable = _physical_cores(os.sched_getaffinity(0), TOPOLOGY)
     quota = cpu_limit()
     if quota is not None:
         usable = min(usable, max(1, int(quota)))
-    return Cpu(name=_cpu_name(CPUINFO), cores=usable)
+    names = _first_processor("flags|Features").split()
+    sets = tuple(name for name in INSTRUCTION_SETS if name in names)
+    return Cpu(name=_first_processor("model name"), cores=usable, instruction_sets=sets)
 
 
 def _physical_cores(logical: set[int], topology: Path) -> int:
@@ -42,10 +52,10 @@ def _physical_cores(logical: set[int], topology: Path) -> int:
         return len(logical)
 
 
-def _cpu_name(cpuinfo: Path) -> str:
-    """The `model name` of the first processor; empty where there is none, as on ARM."""
+def _first_processor(field: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; empty where there is none, as for the name on ARM."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        found = re.search(rf"^(?:{field})\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
     except OSError:
         return ""
     return " ".join(found[1].split()) if found else ""
@@ -57,77 +67,27 @@ def find_memory() -> int:
     return min(total, memory_limit() or total) // MIB * MIB
 
 
-def find_gpu(named: str | None = None) -> Gpu | None:
-    """The first GPU that CUDA_VISIBLE_DEVICES shows; None without driver or GPU. No rate.
+def find_lockable(memory: int, locked: int = 0) -> tuple[int, str]:
+    """Bytes of host memory that may be page-locked, and how that is known.
 
     Args:
-        named: as torch names its first GPU. CUDA numbers GPUs fastest first, the driver by slot; among several
-            different ones the name decides.
-
-    Raises:
-        DeviceError: the driver is broken, or the GPU is a MIG slice.
+        memory: what this process may use, as `find_memory` says.
+        locked: bytes that the GPU's driver has already locked at once. More than this process's limit allows shows that
+            the driver does not count it.
     """
-    visible = _first_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if visible is None:
-        return None
-    if "MIG" in f"{visible} {named}":
-        raise DeviceError(
-            "the GPU is a MIG slice, whose share of memory and bandwidth the probe cannot tell; describe it in a "
-            "YAML file as those in hardware/ and name that file as the profile's hardware"
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit == resource.RLIM_INFINITY or limit >= memory or _may_lock_all(STATUS):
+        return memory, "derived, all of ram: the limit of locked memory (ulimit -l) is no lower or does not hold"
+    if locked > limit:
+        return memory, (
+            f"derived, all of ram: the driver locked {format_size(locked)} though ulimit -l is {format_size(limit)}"
         )
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
-        return None
-    except pynvml.NVMLError as error:
-        raise _broken(error) from error
-    try:
-        handle = _choose(visible, named)
-        return None if handle is None else _describe(handle)
-    except pynvml.NVMLError as error:
-        raise _broken(error) from error
-    finally:
-        pynvml.nvmlShutdown()
+    return limit, "derived, the limit of locked memory (ulimit -l), which is below ram"
 
 
-def _first_visible(setting: str | None) -> int | str | None:
-    """What CUDA_VISIBLE_DEVICES names first: a number or (the start of) a UUID; None hides all GPUs."""
-    if setting is None:
-        return 0
-    first = setting.split(",")[0].strip()
-    if first.startswith(("GPU-", "MIG-")):
-        return first
-    number = re.match(r"\+?\d+", first)  # CUDA takes the digits that it begins with, and stops at what has none
-    return int(number[0]) if number else None
-
-
-def _choose(visible: int | str, named: str | None) -> Any | None:
-    import pynvml
-
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    if isinstance(visible, str):
-        return next((h for h in handles if pynvml.nvmlDeviceGetUUID(h).startswith(visible)), None)
-    by_name = [h for h in handles if pynvml.nvmlDeviceGetName(h) == named]
-    if by_name:
-        return by_name[0]
-    return handles[visible] if visible < len(handles) else None
-
-
-def _describe(handle: Any) -> Gpu:
-    import pynvml
-
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(
-        name=pynvml.nvmlDeviceGetName(handle),
-        memory=pynvml.nvmlDeviceGetMemoryInfo(handle).total // MIB * MIB,
-        compute_capability=f"{major}.{minor}",
-    )
-
-
-def _broken(error: Exception) -> DeviceError:
-    return DeviceError(
-        f"the NVIDIA driver does not answer: {error}; see whether nvidia-smi works (a new driver needs a restart), "
-        "or set CUDA_VISIBLE_DEVICES to nothing to go without the GPU"
-    )
+def _may_lock_all(status: Path) -> bool:
+    """Whether this process has the capability that the limit of locked memory does not hold for."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status.read_text(), re.MULTILINE)
+        return bool(found and int(found[1], 16) >> CAP_IPC_LOCK & 1)
+    return False

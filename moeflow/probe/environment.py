@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from moeflow import __version__
-from moeflow.probe.devices import find_cpu, find_gpu, find_memory
+from moeflow.probe.devices import find_cpu, find_memory
+from moeflow.probe.nvml import find_board
 from moeflow.schema import Environment
 
 __all__ = ["environment", "commit"]
@@ -29,7 +30,8 @@ def environment() -> Environment:
     import torch
 
     named = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    gpu = find_gpu(named) if named else None
+    board = find_board(named) if named else None
+    gpu = board.gpu if board else None
     cpu = find_cpu()
     return Environment(
         gpu=gpu.name if gpu else named,
@@ -37,7 +39,7 @@ def environment() -> Environment:
         cpu=cpu.name or platform.machine(),
         cores=cpu.cores,
         ram=find_memory(),
-        driver=_driver() if named else None,
+        driver=board.driver if board else None,
         cuda=torch.version.cuda,
         python=platform.python_version(),
         torch=torch.__version__,
@@ -45,20 +47,6 @@ def environment() -> Environment:
         moeflow=__version__,
         commit=commit(PACKAGE),
     )
-
-
-def _driver() -> str | None:
-    """The version of NVIDIA's driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            return str(pynvml.nvmlSystemGetDriverVersion())
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
 
 
 def commit(package: Path) -> str | None:

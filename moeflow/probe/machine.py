@@ -1,32 +1,40 @@
-"""The probe: this machine as a hardware profile, facts and measured rates, in about three seconds.
+"""The probe: this machine as a hardware profile, facts and measured rates, in some seconds.
 
-A GPU counts if both the driver and torch have it, since moeflow runs on what torch can use. torch is imported
-when a rate is measured, not before. Nothing in the result names the machine, so that it can be shared.
+A GPU counts if torch can use it, since moeflow runs on what torch can use; the driver tells more of it. torch is
+imported when a machine is probed, not before. Nothing in the result names the machine, so that it can be shared.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
+from moeflow import __version__
 from moeflow.errors import UsageError
-from moeflow.probe.devices import find_cpu, find_gpu, find_memory
+from moeflow.probe.devices import find_cpu, find_lockable, find_memory
+from moeflow.probe.nvml import Board, find_board
 from moeflow.progress import Progress, silent
-from moeflow.schema import Disk, Gpu, HardwareProfile, Link
+from moeflow.schema import Gpu, HardwareProfile, Manifest, Probed
 
 __all__ = ["probe"]
 
-NAME = r"[a-z0-9][a-z0-9._-]*"  # the schema's rule, checked before three seconds of measuring
-RATE_STEP = 10_000_000  # bytes a second; finer digits differ from run to run
+NAME = r"[a-z0-9][a-z0-9._-]*"  # the schema's rule, checked before seconds of measuring
+REPORTED = "measured, as the driver or the operating system reports it"
 
 
-def probe(name: str = "this-machine", progress: Progress = silent, directory: Path | None = None) -> HardwareProfile:
+def probe(
+    name: str = "this-machine", progress: Progress = silent, directory: Path | None = None, quick: bool = False
+) -> HardwareProfile:
     """Describe and measure this machine.
 
     Args:
         name: of the profile.
         progress: told of each measurement.
-        directory: where artifacts are to lie; its disk is measured by a temporary file. None leaves disk out.
+        directory: where artifacts are to lie; its disk is measured by a temporary file. None leaves disk out. If an
+            artifact lies there, its experts' size is that of random reads.
+        quick: measure nothing; the link's rate is what its source says, and the other rates are left out.
 
     Raises:
         UsageError: `name` cannot be a hardware profile's.
@@ -38,56 +46,83 @@ def probe(name: str = "this-machine", progress: Progress = silent, directory: Pa
             f"{name!r} cannot name a hardware profile: use lower-case letters, digits, '.', '_' and '-', "
             "and begin with a letter or digit"
         )
-    from moeflow.probe import bandwidth
-    from moeflow.probe.disk import disk_rate
+    used, cpu, memory = _used_gpu(), find_cpu(), find_memory()
+    gpu, pcie = used.gpu, used.board.pcie if used.board else None
+    if quick:
+        from moeflow.probe.estimate import estimated_rates
 
-    gpu, remark = _usable_gpu()
-    cpu, memory = find_cpu(), find_memory()
-    buffer = min(bandwidth.BUFFER, memory >> 25 << 20)  # at most a 32nd of memory, in whole MiB
-    if gpu:
-        link = bandwidth.link_rate(buffer, progress)
-        gpu = gpu.model_copy(update={"memory_bandwidth": _rounded(bandwidth.device_rate(buffer, progress))})
+        rates = estimated_rates(gpu, pcie, cpu, memory)
     else:
-        link = bandwidth.copy_rate(buffer, progress)
-    cpu = cpu.model_copy(update={"memory_bandwidth": _rounded(bandwidth.read_rate(buffer, progress))})
+        from moeflow.probe.bandwidth import BUFFER
+        from moeflow.probe.rates import measured_rates
+
+        buffer = min(BUFFER, memory >> 25 << 20)  # at most a 32nd of memory, in whole MiB
+        rates = measured_rates(gpu, pcie, buffer, directory, _blob(directory), progress)
+    lockable, how = find_lockable(memory, rates.locked)
     profile = HardwareProfile(
         name=name,
-        description="; ".join(part for part in (_summary(gpu, cpu.cores), remark) if part),
-        origin="measured",
-        gpu=gpu,
-        cpu=cpu,
+        description="; ".join((_summary(gpu, cpu.cores, quick), *used.remarks, *rates.remarks)),
+        origin="derived" if quick else "measured",
+        gpu=gpu and gpu.model_copy(update={"memory_bandwidth": rates.gpu_memory}),
+        cpu=cpu.model_copy(update={"memory_bandwidth": rates.cpu_memory}),
         ram=memory,
-        link=Link(host_to_device=_rounded(link)),
-        disk=Disk(read=_rounded(disk_rate(directory, progress))) if directory else None,
+        ram_lockable=lockable,
+        link=rates.link,
+        disk=rates.disk,
+        spreads=rates.spreads,
+        probed=_probed(used.board),
     )
-    return profile.model_copy(update={"sources": {value: _source(value) for value in profile.values()}})
+    known = {"ram_lockable": how, **used.sources, **rates.sources}
+    sources = {value: known.get(value, REPORTED) for value in profile.values()}
+    return HardwareProfile.parse(profile.model_copy(update={"sources": sources}).to_dict(), "probe")
 
 
-def _source(value: str) -> str:
-    """What a shared file says of each value; ours are all from the machine itself."""
-    timed = value.endswith((".memory_bandwidth", ".host_to_device", ".read"))
-    return "measured, moeflow probe" if timed else "measured, as the driver or the operating system reports it"
+@dataclass(frozen=True)
+class _Used:
+    """The GPU that torch uses by default, if any."""
+
+    gpu: Gpu | None = None
+    board: Board | None = None
+    remarks: tuple[str, ...] = ()
+    sources: dict[str, str] = field(default_factory=dict)
 
 
-def _usable_gpu() -> tuple[Gpu | None, str]:
-    """The GPU that torch uses by default, or none and the reason if the driver has one all the same."""
-    from moeflow.probe import bandwidth
+def _used_gpu() -> _Used:
+    from moeflow.probe import cuda
 
-    seen = find_gpu()
-    if seen is None:
-        return None, ""
-    named = bandwidth.cuda_device_name()
-    if named is None:
-        return None, f"{seen.name} is not used: {bandwidth.no_cuda_reason()}"
-    return find_gpu(named), ""
+    known = cuda.cuda_gpu()
+    if known is None:
+        seen = find_board()
+        return _Used(remarks=(f"{seen.gpu.name} is not used: {cuda.no_cuda_reason()}",) if seen else ())
+    board = find_board(known.name, known)
+    if board is None:
+        values = ("gpu.name", "gpu.memory", "gpu.compute_capability")
+        remark = "the driver's own library (NVML) does not list this GPU"
+        return _Used(known, None, (remark,), dict.fromkeys(values, "measured, as CUDA reports it"))
+    return _Used(board.gpu, board, board.remarks)
 
 
-def _summary(gpu: Gpu | None, cores: int) -> str:
+def _blob(directory: Path | None) -> int | None:
+    """Bytes of the largest expert of the artifact in `directory`; None where none lies there."""
+    manifest = directory / "manifest.json" if directory else None
+    if manifest is None or not manifest.is_file():
+        return None
+    return max(layout.nbytes for layout in Manifest.load(manifest).layouts)
+
+
+def _summary(gpu: Gpu | None, cores: int, quick: bool) -> str:
     count = f"{cores} CPU core{'s' if cores > 1 else ''}"
-    if gpu:
-        return f"{gpu.name}, {count}; link: pinned copies to the GPU"
-    return f"No GPU, {count}; link: copies within host memory"
+    link = "copies within host memory" if gpu is None else "page-locked copies to the GPU"
+    return f"{gpu.name if gpu else 'No GPU'}, {count}; " + ("nothing was measured" if quick else f"link: {link}")
 
 
-def _rounded(rate: float) -> int:
-    return max(1, round(rate / RATE_STEP)) * RATE_STEP
+def _probed(board: Board | None) -> Probed:
+    import torch
+
+    return Probed(
+        date=date.today(),
+        moeflow=__version__,
+        torch=str(torch.__version__),
+        cuda=torch.version.cuda,
+        driver=board.driver if board else None,
+    )

@@ -2,7 +2,8 @@
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.benchmark import Benchmark, BenchmarkRow, Environment, Limits
-from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Link, Pcie
+from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Probed
+from moeflow.schema.link import BusState, Link, LinkPoint, Pcie
 from moeflow.schema.manifest import (
     BlobLayout,
     ExpertLayer,
@@ -31,6 +32,7 @@ __all__ = [
     "BenchmarkRow",
     "BitsAndBytesScheme",
     "BlobLayout",
+    "BusState",
     "Cache",
     "Cpu",
     "DenseScheme",
@@ -44,6 +46,7 @@ __all__ = [
     "HqqScheme",
     "Limits",
     "Link",
+    "LinkPoint",
     "Manifest",
     "Memory",
     "MemoryBudget",
@@ -56,6 +59,7 @@ __all__ = [
     "PlannedPrefetch",
     "Prediction",
     "Prefetch",
+    "Probed",
     "Profile",
     "Quantization",
     "ResidentMatrix",

@@ -7,17 +7,18 @@ people; nothing is computed from it.
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from moeflow.schema.base import Document, Part
-from moeflow.schema.units import Rate, Size
+from moeflow.schema.link import Link
+from moeflow.schema.units import Rate, Size, Spread
 
-__all__ = ["Gpu", "Cpu", "Pcie", "Link", "Disk", "HardwareProfile"]
+__all__ = ["Gpu", "Cpu", "Disk", "Probed", "HardwareProfile"]
 
 SOURCE = r"^(measured|datasheet|derived|assumed)\b"
-_TRANSFERS = {3: 8_000_000_000, 4: 16_000_000_000, 5: 32_000_000_000}  # a second and lane, by generation of PCIe
 
 
 class Gpu(Part):
@@ -25,7 +26,7 @@ class Gpu(Part):
 
     name: str
     """As the driver names it; a probed machine is matched to a file by this."""
-    memory: Size
+    memory: Size = Field(gt=0)
     """All of its memory."""
     compute_capability: str = Field(pattern=r"^\d+\.\d+$")
     """CUDA compute capability, such as "8.6"."""
@@ -42,29 +43,8 @@ class Cpu(Part):
     """Physical cores that this process may use."""
     memory_bandwidth: Rate | None = None
     """Bytes a second that all cores together read from host memory."""
-
-
-class Pcie(Part):
-    """The bus between host and GPU."""
-
-    generation: int = Field(ge=3, le=5)
-    """3, 4 or 5: those that send 130 bits for 128."""
-    lanes: Literal[1, 2, 4, 8, 16]
-    """Lanes that both ends have."""
-
-    @property
-    def peak(self) -> int:
-        """Bytes a second in one direction: transfers a second x lanes x 128/130 bits, before packets' headers."""
-        return _TRANSFERS[self.generation] * self.lanes * 128 // 130 // 8
-
-
-class Link(Part):
-    """What the experts travel over: PCIe, or memory to memory on a machine without GPU."""
-
-    host_to_device: Rate
-    """Bytes a second from page-locked host memory to the device, in large copies."""
-    pcie: Pcie | None = None
-    """The bus, where it is known."""
+    instruction_sets: tuple[str, ...] = ()
+    """Those that kernels may be written for, as Linux names them: `avx2`, `avx512_vnni`, `amx_int8`."""
 
 
 class Disk(Part):
@@ -72,6 +52,28 @@ class Disk(Part):
 
     read: Rate
     """Sequential bytes a second."""
+    random_read: Rate | None = None
+    """Bytes a second of reads at random places, `blob` bytes at a time."""
+    blob: Size | None = None
+    """Bytes of one random read: an expert's, or about so many."""
+
+    @model_validator(mode="after")
+    def _random_reads_have_a_size(self) -> Self:
+        if (self.random_read is None) != (self.blob is None) or self.blob == 0:
+            raise ValueError("random_read is a rate at one size: give both random_read and blob, or neither")
+        return self
+
+
+class Probed(Part):
+    """When and with what a file was measured. A version is None where its software had no part in it."""
+
+    date: datetime.date
+    moeflow: str
+    torch: str | None = None
+    cuda: str | None = None
+    """The CUDA that torch was built with."""
+    driver: str | None = None
+    """NVIDIA's driver."""
 
 
 class HardwareProfile(Document):
@@ -83,35 +85,48 @@ class HardwareProfile(Document):
     """The file's name, without its ending."""
     description: str = ""
     """One line for people: board, bus, where the numbers come from."""
-    origin: Literal["measured", "datasheet"]
-    """Whether the rates were measured on such a machine or are its makers' peaks."""
+    origin: Literal["measured", "datasheet", "derived"]
+    """Whether the rates were measured on such a machine, are its makers' peaks, or follow from what the machine has."""
     gpu: Gpu | None = None
     """None: experts are computed on the CPU and slots lie in host memory."""
     cpu: Cpu
-    ram: Size
+    ram: Size = Field(gt=0)
     """All of the host's memory."""
+    ram_lockable: Size | None = None
+    """How much of it may be page-locked for the device."""
     link: Link
     disk: Disk | None = None
     sources: dict[str, Annotated[str, Field(pattern=SOURCE)]] = Field(default_factory=dict)
     """By value, such as `gpu.memory`: measured, datasheet, derived or assumed, and then where or how."""
+    spreads: dict[str, Spread] = Field(default_factory=dict)
+    """By value: how far repeats lay apart. Those of `link.by_size` stand with its points."""
+    probed: Probed | None = None
+    """None: not by `moeflow probe`, or by one that did not say."""
 
     @model_validator(mode="after")
     def _sources_name_values(self) -> Self:
         known = self.values()
-        for name in self.sources:
-            if name not in known:
-                raise ValueError(f"sources.{name} names no value of this profile; known: {', '.join(known)}")
+        for key in ("sources", "spreads"):
+            for name in getattr(self, key):
+                if name not in known:
+                    raise ValueError(f"{key}.{name} names no value of this profile; known: {', '.join(known)}")
+        return self
+
+    @model_validator(mode="after")
+    def _no_more_is_lockable_than_there_is(self) -> Self:
+        if self.ram_lockable is not None and self.ram_lockable > self.ram:
+            raise ValueError(f"ram_lockable is {self.ram_lockable} bytes; ram has {self.ram}")
         return self
 
     def values(self) -> dict[str, Any]:
         """What the profile says of the machine, by the names that `sources` uses; empty and absent ones left out."""
         found: dict[str, Any] = {}
-        for part in ("gpu", "cpu", "ram", "link", "disk"):
+        for part in ("gpu", "cpu", "ram", "ram_lockable", "link", "disk"):
             value = getattr(self, part)
             inner = {part: value}
             if isinstance(value, Part):
                 inner = {f"{part}.{name}": getattr(value, name) for name in type(value).model_fields}
-            found |= {name: value for name, value in inner.items() if value not in (None, "")}
+            found |= {name: value for name, value in inner.items() if value not in (None, "", ())}
         return found
 
     def source(self, value: str) -> str:

@@ -12,9 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
-__all__ = ["Size", "Rate", "Auto", "AutoSize", "AutoCount", "format_size", "format_rate"]
+__all__ = ["Size", "Rate", "Spread", "Auto", "AutoSize", "AutoCount", "format_size", "format_rate"]
 
 Auto = Literal["auto"]
+
+FASTEST = 10**14
+"""Bytes a second, well above any memory: a larger figure is a slipped unit."""
 
 _SIZE_STEPS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 _WRITTEN = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgtp]i?b|b)?\s*", re.IGNORECASE)
@@ -49,6 +52,8 @@ def _parse_rate(value: Any) -> int:
         rate = 0
     if not rate:
         raise ValueError("expected a rate such as 12.5GB/s")
+    if rate > FASTEST:
+        raise ValueError(f"no memory is faster than {format_rate(FASTEST)}: check the unit")
     return rate
 
 
@@ -101,4 +106,6 @@ Rate = Annotated[
     PlainSerializer(_write_rate),
     WithJsonSchema({"type": ["string", "integer"], "examples": ["12.5GB/s"]}),
 ]
+Spread = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""How far repeats of a measurement lay apart: their interquartile range over their median."""
 AutoCount = Annotated[int | Auto, BeforeValidator(_parse_auto_count), Field(examples=["auto", 4])]

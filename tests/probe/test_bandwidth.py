@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
+import time
 from collections.abc import Callable
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from emulator.launcher import EmulatedLauncher, available
 
-from moeflow.errors import DeviceError, StorageError
-from moeflow.probe import bandwidth, disk
-from moeflow.probe.bandwidth import copy_rate, device_rate, link_rate, read_rate
-from moeflow.probe.disk import disk_rate
+from moeflow.errors import DeviceError
+from moeflow.probe import bandwidth, cuda
+from moeflow.probe.bandwidth import copy_rate, copy_rates, device_rate, kernel_rates, link_rate, link_rates, read_rate
+from moeflow.probe.measurement import REPEATS, Measurement
+from moeflow.schema import Gpu
 
 MIB = 1 << 20
 
@@ -27,22 +29,45 @@ def tick(monkeypatch: pytest.MonkeyPatch, module: object, seconds: list[float]) 
 
 
 @pytest.mark.parametrize("measure", [copy_rate, read_rate])
-def test_a_real_measurement_gives_a_rate(measure: Callable[[int], float]) -> None:
-    assert 0 < measure(4 * MIB) < 1e14
+def test_a_real_measurement_gives_a_rate(measure: Callable[[int], Measurement]) -> None:
+    found = measure(4 * MIB)
+    assert 0 < found.rate < 1e14
+    assert 0 <= found.spread < 100
 
 
 @pytest.mark.parametrize(("measure", "moved"), [(copy_rate, 1), (read_rate, 2)])
-def test_bytes_are_counted(monkeypatch: pytest.MonkeyPatch, measure: Callable[[int], float], moved: int) -> None:
+def test_bytes_are_counted(monkeypatch: pytest.MonkeyPatch, measure: Callable[[int], Measurement], moved: int) -> None:
     """Every pass takes half a second by the clock: the rate is twice the bytes, and follows them."""
     tick(monkeypatch, bandwidth, [0.5])
-    assert measure(MIB) == pytest.approx(moved * 2 * MIB)
-    assert measure(3 * MIB) == pytest.approx(moved * 6 * MIB)
+    assert measure(MIB).rate == pytest.approx(moved * 2 * MIB)
+    assert measure(3 * MIB).rate == pytest.approx(moved * 6 * MIB)
 
 
-def test_the_median_counts_and_the_first_pass_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = [100.0, 0.25, 1.0, 0.5, 50.0, 0.25]  # the first is the warm-up; the median of the others is 0.5
-    tick(monkeypatch, bandwidth, [step for seconds in passes for step in (seconds, 7.0)])
-    assert copy_rate(MIB) == pytest.approx(2 * MIB)
+def test_sizes_are_measured_each_and_copies_walk_through_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[tuple[int, int]] = []
+    monkeypatch.setattr(bandwidth, "_host_buffer", lambda n: Recorder(n, places))
+    tick(monkeypatch, bandwidth, [0.01])
+    small, large = copy_rates([MIB, 4 * MIB])
+    assert (small.rate, large.rate) == (pytest.approx(100 * MIB), pytest.approx(400 * MIB))
+    of_small = [begin for begin, nbytes in places if nbytes == MIB]
+    assert of_small[:6] == [0, MIB, 2 * MIB, 3 * MIB, 0, MIB]
+    assert len(of_small) == 1 + 16
+    assert [begin for begin, nbytes in places if nbytes == 4 * MIB] == [0] * (1 + REPEATS)
+
+
+class Recorder:
+    """Stands for a buffer; writes down which ranges are copied."""
+
+    def __init__(self, nbytes: int, places: list[tuple[int, int]], begin: int = 0):
+        self.nbytes, self.places, self.begin = nbytes, places, begin
+
+    def __getitem__(self, at: slice) -> Recorder:
+        assert 0 <= at.start < at.stop <= self.nbytes
+        return Recorder(at.stop - at.start, self.places, at.start)
+
+    def copy_(self, source: Recorder) -> None:
+        assert (source.begin, source.nbytes) == (self.begin, self.nbytes)
+        self.places.append((self.begin, self.nbytes))
 
 
 def test_the_copy_is_one_of_all_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,15 +87,15 @@ def test_the_copy_is_one_of_all_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_progress_is_told_in_bytes_to_the_end() -> None:
     told: list[tuple[str, int, int]] = []
-    copy_rate(MIB, lambda *report: told.append(report))
-    assert [done for _, done, _ in told] == [MIB * n for n in range(1, bandwidth.REPEATS + 1)]
-    assert {total for _, _, total in told} == {MIB * bandwidth.REPEATS}
+    read_rate(MIB, lambda *report: told.append(report))
+    assert [done for _, done, _ in told] == [2 * MIB * n for n in range(1, REPEATS + 1)]
+    assert {total for _, _, total in told} == {2 * MIB * REPEATS}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU answers")
 @pytest.mark.parametrize("measure", [link_rate, device_rate])
 def test_a_gpu_that_refuses_is_an_error_with_a_remedy(
-    monkeypatch: pytest.MonkeyPatch, measure: Callable[[int], float]
+    monkeypatch: pytest.MonkeyPatch, measure: Callable[[int], Measurement]
 ) -> None:
     class Refusing:
         def __init__(self, _index: int):
@@ -116,6 +141,8 @@ class FakeCuda:
 
             return call
 
+        monkeypatch.setattr(cuda, "WAKE_SECONDS", 0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait for all"))
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "device", lambda _index: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _index: None)
@@ -131,90 +158,104 @@ class FakeCuda:
             monkeypatch.setattr(torch, name, placed(getattr(torch, name)))
 
 
+WAKING = ["copy True", "wait for all"]
+ONE_COPY = ["record", "copy True", "record", "synchronize", "elapsed"]
+
+
 def test_the_link_is_timed_by_events_around_a_pinned_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    assert link_rate(MIB) == pytest.approx(100 * MIB)
-    one = ["record", "copy True", "record", "synchronize", "elapsed"]
-    assert cuda.calls[:2] == ["pin_memory True", "device cuda:0"]
-    assert cuda.calls[2:] == one * (1 + bandwidth.REPEATS) + ["release device", "release host"]
+    fake = FakeCuda(monkeypatch)
+    assert link_rate(4 * MIB).rate == pytest.approx(400 * MIB)
+    assert fake.calls[:2] == ["pin_memory True", "device cuda:0"]
+    assert fake.calls[2:] == WAKING + ONE_COPY * (1 + REPEATS) + ["release device", "release host"]
+
+
+def test_the_bus_is_looked_at_while_copies_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    link_rates([MIB, 4 * MIB], under_load=lambda: fake.calls.append("look"))
+    behind = fake.calls[2 + len(WAKING) + len(ONE_COPY) * (1 + 16 + 1 + REPEATS) :]
+    copies = int(bandwidth.LOAD_SECONDS / 0.01)  # a copy takes 10 ms by the fake's clock
+    assert behind == ["copy True"] * copies + ["look", "wait for all", "release device", "release host"]
 
 
 def test_device_memory_counts_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    assert device_rate(MIB) == pytest.approx(200 * MIB)
-    assert "pin_memory True" not in cuda.calls
-    assert cuda.calls.count("synchronize") == 1 + bandwidth.REPEATS
+    fake = FakeCuda(monkeypatch)
+    assert device_rate(MIB).rate == pytest.approx(200 * MIB)
+    assert "pin_memory True" not in fake.calls
+    assert fake.calls.count("synchronize") == 1 + REPEATS
+
+
+@pytest.mark.skipif(not available(), reason="no g++")
+def test_the_copy_kernel_copies_every_byte_from_registered_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real kernel on a CPU: its target holds what lay in host memory, at each place that is timed."""
+    fake = FakeCuda(monkeypatch)
+    held: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "device", lambda _name: "cpu")
+    monkeypatch.setattr(bandwidth, "cuda_launcher", lambda _: EmulatedLauncher())
+    monkeypatch.setattr(cuda, "register", lambda memory: held.append(memory.random_(256)))
+    monkeypatch.setattr(cuda, "unregister", lambda _: fake.calls.append("unregister"))
+    monkeypatch.setattr(cuda, "device_address", lambda pointer: pointer)
+    make = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: targets.append(make(*a, **k)) or targets[-1])
+    nbytes = 3 * 8192
+    found = kernel_rates([8192, nbytes])
+    assert [m.rate for m in found] == [pytest.approx(819_200), pytest.approx(100 * nbytes)]
+    assert torch.equal(targets[-1], held[0])
+    assert fake.calls[-4:] == ["wait for all", "unregister", "release device", "release host"]
+
+
+def test_memory_that_the_driver_does_not_lock_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(bandwidth, "cuda_launcher", lambda _: EmulatedLauncher())
+    monkeypatch.setattr(cuda, "register", lambda _memory: "out of memory")
+    with pytest.raises(DeviceError, match="would not page-lock 1 MiB: out of memory"):
+        kernel_rates([MIB])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU answers")
+def test_without_a_gpu_the_kernel_is_an_error() -> None:
+    with pytest.raises(DeviceError, match="kernels run on a CUDA device"):
+        kernel_rates([MIB])
+
+
+def test_a_gpu_of_another_maker_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cuda.cuda_gpu() is None
+
+
+def test_cuda_s_own_view_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="NVIDIA X", major=12, minor=1, total_memory=(100 << 30) + 5)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    assert cuda.cuda_gpu() == Gpu(name="NVIDIA X", memory=100 << 30, compute_capability="12.1")
+
+
+def test_a_bus_at_rest_is_woken_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    monkeypatch.setattr(cuda, "WAKE_SECONDS", 0.02)
+    begin = time.monotonic()
+    link_rates([MIB], under_load=None)
+    first = fake.calls.index("record")
+    assert time.monotonic() - begin >= 0.02
+    assert first > 2 + len(WAKING)
+    assert fake.calls[2:first] == WAKING * ((first - 2) // 2)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_rates_of_a_real_gpu_follow_the_bytes_they_count() -> None:
     """One buffer's copy within the device is faster than the same over the link, or events do not wait."""
     link, memory = link_rate(64 * MIB), device_rate(64 * MIB)
-    assert 1e9 < link < memory < 1e14
+    assert 1e9 < link.rate < memory.rate < 1e14
 
 
-class Calls:
-    """Records what is asked of the file, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.names: list[str] = []
-        for name in ("pwrite", "fdatasync", "posix_fadvise", "preadv"):
-            monkeypatch.setattr(os, name, self._wrap(name, getattr(os, name)))
-
-    def _wrap(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object) -> object:
-            if name == "posix_fadvise":
-                assert arguments[1:] == (0, 0, os.POSIX_FADV_DONTNEED)
-            self.names.append(name)
-            return function(*arguments)
-
-        return call
-
-
-def test_the_disk_is_read_after_the_cache_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = Calls(monkeypatch)
-    told: list[tuple[str, int, int]] = []
-    assert disk_rate(tmp_path, lambda *report: told.append(report), 2 * disk.CHUNK) > 0
-    assert calls.names == ["pwrite", "fdatasync"] * 2 + ["posix_fadvise", "preadv", "preadv"]
-    assert [(done, total) for _, done, total in told] == [(disk.CHUNK * n, disk.CHUNK * 2) for n in (1, 2)]
-
-
-def test_bytes_of_the_disk_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # looks at the clock: the start, one before the second chunk is written; the start, one after each chunk read
-    tick(monkeypatch, disk, [0.1, 9.0, 0.25, 0.25])
-    assert disk_rate(tmp_path, nbytes=2 * disk.CHUNK) == pytest.approx(4 * disk.CHUNK)
-
-
-def test_a_slow_disk_ends_the_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = Calls(monkeypatch)
-    tick(monkeypatch, disk, [10.0])
-    assert disk_rate(tmp_path, nbytes=100 * disk.CHUNK) == pytest.approx(disk.CHUNK / 10)
-    assert calls.names.count("pwrite") == calls.names.count("preadv") == 1
-
-
-def test_slow_reads_end_it_too_and_only_what_was_read_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = Calls(monkeypatch)
-    # looks at the clock: the start, before the second and third chunk written; the start, after each chunk read
-    tick(monkeypatch, disk, [0.0, 0.0, 0.0, 1.5])
-    assert disk_rate(tmp_path, nbytes=3 * disk.CHUNK) == pytest.approx(2 * disk.CHUNK / 3)
-    assert (calls.names.count("pwrite"), calls.names.count("preadv")) == (3, 2)
-
-
-def test_no_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[Path]] = []
-    really = os.preadv
-
-    def look(*arguments: object) -> int:
-        seen.append(list(tmp_path.iterdir()))
-        return really(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "preadv", look)
-    disk_rate(tmp_path, nbytes=1)
-    assert seen == [[]]  # not even while it is read
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="nowhere: cannot measure the disk: no such file or directory"):
-        disk_rate(tmp_path / "nowhere")
+@pytest.mark.gpu
+def test_large_copies_are_faster_than_small_ones_and_the_kernel_is_near_the_engine() -> None:
+    sizes = [64 << 10, MIB, 16 * MIB, 256 * MIB]
+    engine, kernel = link_rates(sizes), kernel_rates(sizes)
+    for found in (engine, kernel):
+        for small, large in itertools.pairwise(found):
+            assert small.rate < 1.15 * large.rate  # noise of the large ones, which are all near the peak
+        assert 1.5 * found[0].rate < found[-1].rate
+    assert 0.5 < kernel[-1].rate / engine[-1].rate < 1.5

@@ -1,152 +1,20 @@
-"""What is found of processor, memory and GPU, with a driver that is made up and groups in a directory."""
+"""What is found of processor and memory, with groups, limits and files that are made up."""
 
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
-import pynvml
 import pytest
 
-from moeflow.errors import DeviceError
 from moeflow.probe import devices
 from moeflow.probe.cgroup import cpu_limit, memory_limit
-from moeflow.probe.devices import find_cpu, find_gpu, find_memory
+from moeflow.probe.devices import find_cpu, find_lockable, find_memory
 
 GIB = 1 << 30
-BOARDS = [
-    ("NVIDIA GeForce RTX 3060", 12 * GIB + 4711, (8, 6), "GPU-aaaa-1111"),
-    ("Tesla T4", 15 * GIB, (7, 5), "GPU-bbbb-2222"),
-    ("NVIDIA H200", 140 * GIB, (9, 0), "GPU-bbbc-3333"),
-]
-
-
-class FakeDriver:
-    """Stands for the driver behind pynvml; counts how often it is opened and closed."""
-
-    def __init__(self, boards: list[tuple[str, int, tuple[int, int], str]]):
-        self.boards = boards
-        self.opened = self.closed = 0
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-        def init() -> None:
-            self.opened += 1
-
-        def shutdown() -> None:
-            self.closed += 1
-
-        monkeypatch.setattr(pynvml, "nvmlInit", init)
-        monkeypatch.setattr(pynvml, "nvmlShutdown", shutdown)
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(self.boards))
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda i: self.boards[i])
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda h: h[0])
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda h: SimpleNamespace(total=h[1]))
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda h: h[2])
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda h: h[3])
-        return self
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return FakeDriver(BOARDS).install(monkeypatch)
-
-
-def refuse(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def init() -> None:
-        raise pynvml.NVMLError(code)
-
-    monkeypatch.setattr(pynvml, "nvmlInit", init)
-
-
-@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED])
-def test_without_a_driver_there_is_no_gpu(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    refuse(monkeypatch, code)
-    assert find_gpu() is None
-    assert driver.closed == 0  # what was never opened cannot be closed
-
-
-@pytest.mark.usefixtures("driver")
-def test_a_broken_driver_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(monkeypatch, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
-    with pytest.raises(DeviceError, match="nvidia-smi"):
-        find_gpu()
-
-
-def test_the_first_gpu_is_described(driver: FakeDriver) -> None:
-    gpu = find_gpu()
-    assert gpu is not None
-    assert (gpu.name, gpu.memory, gpu.compute_capability) == ("NVIDIA GeForce RTX 3060", 12 * GIB, "8.6")
-    assert gpu.memory_bandwidth is None
-    assert (driver.opened, driver.closed) == (1, 1)
-
-
-def test_the_driver_is_closed_when_a_question_fails(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(_handle: object) -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
-
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lost)
-    with pytest.raises(DeviceError, match="does not answer"):
-        find_gpu()
-    assert driver.closed == 1
-
-
-def test_no_gpu_in_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    empty = FakeDriver([]).install(monkeypatch)
-    assert find_gpu() is None
-    assert empty.closed == 1
-
-
-@pytest.mark.parametrize(
-    ("setting", "name"),
-    [
-        ("1", "Tesla T4"),
-        ("2,0", "NVIDIA H200"),
-        (" 1 ,2", "Tesla T4"),
-        ("1gpu", "Tesla T4"),
-        ("GPU-bbbc", "NVIDIA H200"),
-        ("GPU-bbbb-2222,GPU-aaaa", "Tesla T4"),
-        ("", None),
-        ("-1", None),
-        ("none", None),
-        ("3", None),
-        ("GPU-cccc", None),
-    ],
-)
-@pytest.mark.usefixtures("driver")
-def test_the_environment_chooses_as_for_cuda(monkeypatch: pytest.MonkeyPatch, setting: str, name: str | None) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
-    gpu = find_gpu()
-    assert (gpu.name if gpu else None) == name
-
-
-@pytest.mark.usefixtures("driver")
-def test_hidden_gpus_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a broken driver does not stop who asked to go without."""
-    refuse(monkeypatch, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert find_gpu() is None
-
-
-@pytest.mark.usefixtures("driver")
-def test_among_several_torchs_name_decides() -> None:
-    gpu = find_gpu("NVIDIA H200")
-    assert gpu is not None
-    assert gpu.compute_capability == "9.0"
-    unknown_to_driver = find_gpu("another name for it")
-    assert unknown_to_driver is not None
-    assert unknown_to_driver.name == "NVIDIA GeForce RTX 3060"
-
-
-@pytest.mark.parametrize(("setting", "named"), [("MIG-1234", None), ("0", "NVIDIA A100-SXM4-40GB MIG 1g.5gb")])
-@pytest.mark.usefixtures("driver")
-def test_a_slice_is_refused(monkeypatch: pytest.MonkeyPatch, setting: str, named: str | None) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
-    with pytest.raises(DeviceError, match="MIG slice"):
-        find_gpu(named)
 
 
 def group(root: Path, path: str, **files: str) -> None:
@@ -241,3 +109,49 @@ def test_the_name_of_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert find_cpu().name == "Some CPU @ 2.0GHz"
     cpuinfo.write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
     assert find_cpu().name == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "names", "found"),
+    [
+        ("flags", "fpu avx2 hypervisor avx512f avx512_vnni amx_int8", ("avx2", "avx512f", "avx512_vnni", "amx_int8")),
+        ("Features", "fp asimd aes asimddp i8mm sve2", ("asimd", "asimddp", "i8mm", "sve2")),
+        ("flags", "fpu vme", ()),
+    ],
+)  # fmt: skip
+def test_instruction_sets_are_those_that_kernels_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, names: str, found: tuple[str, ...]
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvmx flags\t: avx512_fp16\n{field}\t\t: {names}\n\nflags\t: sme\n")
+    monkeypatch.setattr(devices, "CPUINFO", cpuinfo)
+    assert find_cpu().instruction_sets == found
+
+
+def lockable(monkeypatch: pytest.MonkeyPatch, status: Path, limit: int, locked: int = 0) -> tuple[int, str]:
+    monkeypatch.setattr(devices, "STATUS", status)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limit, -1) if kind == resource.RLIMIT_MEMLOCK else (0, 0))
+    return find_lockable(16 * GIB, locked)
+
+
+def test_the_limit_of_locked_memory_holds_only_where_it_is_the_lower_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = tmp_path / "status"
+    status.write_text("CapInh:\t0000000000000000\nCapEff:\t00000000a80425fb\n")
+    below, how = lockable(monkeypatch, status, 8 << 20)
+    assert below == 8 << 20
+    assert how.startswith("derived, the limit of locked memory")
+    assert lockable(monkeypatch, status, 20 * GIB)[0] == 16 * GIB
+    assert lockable(monkeypatch, status, resource.RLIM_INFINITY)[0] == 16 * GIB
+    assert lockable(monkeypatch, tmp_path / "absent", 8 << 20)[0] == 8 << 20
+
+
+def test_who_may_lock_all_or_has_locked_more_is_not_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = tmp_path / "status"
+    status.write_text("CapEff:\t000001ffffffffff\n")
+    assert lockable(monkeypatch, status, 8 << 20)[0] == 16 * GIB
+    status.write_text("CapEff:\t0000000000000000\n")
+    all_of_it, how = lockable(monkeypatch, status, 8 << 20, locked=256 << 20)
+    assert all_of_it == 16 * GIB
+    assert how == "derived, all of ram: the driver locked 256 MiB though ulimit -l is 8 MiB"

@@ -84,7 +84,7 @@ def test_a_fault_of_a_profile_is_one_exact_line(fault: dict[str, Any], line: str
         ({"link": {"host_to_device": [12]}},
          "link.host_to_device is [12]; expected a rate such as 12.5GB/s"),
         ({"link": {}}, "link.host_to_device is missing; it is required"),
-        ({"origin": "guess"}, "origin is guess; it supports measured, datasheet"),
+        ({"origin": "guess"}, "origin is guess; it supports measured, datasheet, derived"),
     ],
 )  # fmt: skip
 def test_a_fault_of_a_machine_is_one_exact_line(fault: dict[str, Any], line: str) -> None:
