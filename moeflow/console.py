@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moeflow.progress import Progress
-from moeflow.schema import Manifest, Plan
+from moeflow.schema import Manifest, Plan, Prediction
 from moeflow.schema.layers import written
 from moeflow.schema.units import format_size
 
@@ -112,15 +112,19 @@ def show_plan(plan: Plan, to: Console = err) -> None:
         ("experts", f"{format_size(plan.ram_nbytes)} in RAM, {format_size(plan.disk_nbytes)} on disk"),
     ]
     if plan.prediction:
-        bound = plan.prediction
-        rows.append(
-            (
-                "bound",
-                f"{bound.tokens_per_second:.4g} tokens/s: {format_size(bound.missed_bytes)} missed and "
-                f"{format_size(bound.read_bytes)} read per token at these rates, if routing were uniform",
-            )
-        )
+        rows += _prediction_rows(plan.prediction)
     fact_table(to, f"plan ({plan.strategy})", rows)
+
+
+def _prediction_rows(found: Prediction) -> list[tuple[str, str]]:
+    speed = f"{found.tokens_per_second:.3g} tokens/s, between {found.low:.3g} and {found.high:.3g}"
+    moved = (
+        f"{found.hit_rate:.0%} hits; {format_size(found.missed_bytes + found.guessed_bytes)} over the link and "
+        f"{format_size(found.read_bytes)} read per token"
+    )
+    prompt = f"{found.prefill.total:.2g} s to the first token of {found.prefill.tokens} that find nothing cached"
+    rows = [("prediction", f"{speed}: {moved}"), ("prompt", prompt)]
+    return [*rows, ("assumed", "; ".join(found.assumed))] if found.assumed else rows
 
 
 def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
@@ -132,7 +136,7 @@ def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
         k = str(c.plan.cache_slots[0]) if c.plan else "-"
         speed = f"{c.tokens_per_second:.4g}" if c.plan else c.refusal
         rows.append((mark, label, format_size(c.expert_nbytes), k, speed))
-    grid(err, "quantization", ("", "experts", "size", "k", "bound, tokens/s"), rows)
+    grid(err, "quantization", ("", "experts", "size", "k", "tokens/s"), rows)
 
 
 def show_manifest(manifest: Manifest, to: Console = out) -> None:

@@ -31,7 +31,7 @@ from moeflow.errors import DocumentError
 from moeflow.offload.link import CudaLink
 from moeflow.offload.store import HostStore
 from moeflow.pipeline import _plan_for
-from moeflow.planning.cost import predict
+from moeflow.planning.cost import Running, predict
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import ModelSizes
 from moeflow.planning.workspace import matrices
@@ -246,11 +246,11 @@ def test_a_prediction_takes_the_mean_blob(artifact: Path) -> None:
     """Experts are taken to be equally likely: a layer's copies cost what its blobs weigh on average."""
     manifest, hardware = Artifact.open(artifact).manifest, find_hardware("rtx-3060")
     sizes = ModelSizes.of_manifest(manifest)
-    found = predict(sizes, hardware, (4, 4, 4), (EXPERTS,) * LAYERS, "full")
+    running = Running((4, 4, 4), (EXPERTS,) * LAYERS, "no-prefetch")
+    found = predict(sizes, hardware, running, hits=[0.5] * LAYERS)
     assert found is not None
     assert found.missed_bytes == manifest.expert_nbytes / EXPERTS  # of two experts a layer, half are cached
-    resident = sizes.resident_packed + sizes.resident_dense
-    assert found.read_bytes == 2 * manifest.expert_nbytes / EXPERTS + resident
+    assert found.read_bytes == 2 * manifest.expert_nbytes / EXPERTS + sizes.read_resident
 
 
 def test_a_plan_for_the_device_has_room_for_the_host_that_takes_over(artifact: Path, checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ set is one model in random weights; routes are forced, as each row says.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -19,9 +20,13 @@ from pathlib import Path
 from moeflow import pipeline
 from moeflow.artifact.architectures import architecture
 from moeflow.artifact.random_weights import RandomArtifact
+from moeflow.artifact.synthetic import synthetic_checkpoint
 from moeflow.bench import Settings, measure_limits, run_rows
+from moeflow.planning.cost import Running, predict
+from moeflow.planning.hits import Habit, hit_rates_of
+from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.environment import environment
-from moeflow.schema import Benchmark, BenchmarkRow, HardwareProfile, Profile
+from moeflow.schema import Benchmark, BenchmarkRow, HardwareProfile, HqqScheme, Prediction, Profile, Quantization
 
 RECALL = 0.9
 
@@ -103,14 +108,99 @@ def measure(path: Path, chosen: list[str]) -> None:
         Benchmark(command=command, date=date, environment=environment(), limits=limits, rows=tuple(rows)).save(path)
 
 
+def predicted(row: BenchmarkRow, hardware: HardwareProfile, sizes: ModelSizes) -> Prediction:
+    """Of a row's configuration; nothing that was measured in the row itself goes in."""
+    layers = len(sizes.layers)
+    k = int(row.k)
+    running = Running(
+        slots=(k,) * layers,
+        ram_experts=tuple(layer.experts for layer in sizes.layers),
+        strategy=row.strategy,
+        execution=row.execution,
+        guessed=sizes.top_k if row.strategy == "full" else 0,
+    )
+    experts = [layer.experts for layer in sizes.layers]
+    habit: Habit = "markov" if row.routing == "markov" else "uniform"
+    found = predict(sizes, hardware, running, hit_rates_of(experts, running.slots, sizes.top_k, habit), RECALL)
+    assert found is not None, "a probed machine has all rates"
+    return found
+
+
+def compare(path: Path, plot: Path | None) -> None:
+    run = Benchmark.load(path)
+    hardware = HardwareProfile.load(path.with_suffix(".hardware.yaml"))
+    if run.limits.link_peak:  # of the process that measured
+        link = hardware.link.model_copy(update={"host_to_device": round(run.limits.link_peak), "pcie": None})
+        hardware = hardware.model_copy(update={"link": link})
+    pairs = []
+    for row in run.rows:
+        quantization = Quantization(experts=_scheme(row.expert_scheme), attention=HqqScheme(bits=4, group_size=64))
+        sizes = ModelSizes.of_checkpoint(synthetic_checkpoint(architecture(row.model), row.model), quantization)
+        pairs.append((row, predicted(row, hardware, sizes)))
+    print(
+        f"{'model':<18}{'experts':<12}{'k':>5}  {'rows':<13}{'routes':<9}{'measured':>9}{'predicted':>10}{'error':>8}"
+    )
+    errors = []
+    for row, guess in pairs:
+        assert row.tokens_per_second
+        errors.append(guess.tokens_per_second / row.tokens_per_second - 1)
+        print(
+            f"{row.model:<18}{row.expert_scheme:<12}{row.k:>5.0f}  {row.strategy:<13}{row.routing:<9}"
+            f"{row.tokens_per_second:>9.4g}{guess.tokens_per_second:>10.4g}{errors[-1]:>+8.1%}"
+        )
+    absolute = sorted(map(abs, errors))
+    print(f"{len(errors)} rows: median error {statistics.median(absolute):.1%}, worst {absolute[-1]:.1%}")
+    if plot:
+        draw(pairs, run, plot)
+
+
+def _scheme(label: str) -> HqqScheme:
+    return HqqScheme(bits=int(label[0]), group_size=int(label.split("g")[1].split()[0]))
+
+
+def draw(pairs: list[tuple[BenchmarkRow, Prediction]], run: Benchmark, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for model, color in zip(
+        dict.fromkeys(row.model for row, _ in pairs), ("#1f5f99", "#c8553d", "#588157"), strict=False
+    ):
+        for strategy, marker in (("full", "o"), ("no-prefetch", "^")):
+            shown = [(r, g) for r, g in pairs if r.model == model and r.strategy == strategy]
+            label = f"{model}, {'with guesses' if strategy == 'full' else 'without'}"
+            across = [row.tokens_per_second for row, _ in shown]
+            panel.scatter(
+                across, [g.tokens_per_second for _, g in shown], color=color, marker=marker, label=label, s=28
+            )
+    ends = (8, 500)
+    panel.plot(ends, ends, color="#64707d", linewidth=0.8)
+    panel.fill_between(ends, [0.8 * e for e in ends], [1.2 * e for e in ends], color="#64707d", alpha=0.12, label="20%")
+    panel.set(
+        xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured, tokens/s", ylabel="predicted, tokens/s"
+    )
+    panel.legend(frameon=False, fontsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Predicted and measured decoding, {run.environment.gpu}, {run.date[:10]}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     measuring = actions.add_parser("measure")
     measuring.add_argument("path", type=Path)
     measuring.add_argument("sets", nargs="*", choices=[[], *SETS], default=[])
+    comparing = actions.add_parser("compare")
+    comparing.add_argument("path", type=Path)
+    comparing.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    measure(arguments.path, arguments.sets)
+    if arguments.action == "measure":
+        measure(arguments.path, arguments.sets)
+    else:
+        compare(arguments.path, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from math import prod
 
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.layout import expert_layout, resident_matrix
@@ -88,6 +90,15 @@ class Blueprint:
         dense = (checkpoint.tensors[n].nbytes for name, n in checkpoint.resident.items() if name not in self.resident)
         return packed + sum(dense)
 
+    @property
+    def embedding_parameters(self) -> int:
+        """Numbers in the input embedding; 0 where the output head is the same tensor."""
+        resident = self.checkpoint.resident
+        if not any(re.search(self.checkpoint.family.head, name) for name in resident):
+            return 0
+        tables = (stored for name, stored in resident.items() if name.endswith("embed_tokens.weight"))
+        return sum(prod(self.checkpoint.tensors[stored].shape) for stored in tables)
+
     def expert_layer(
         self, position: int, data_offset: int, digests: Sequence[str], relative_error: float
     ) -> ExpertLayer:
@@ -136,4 +147,5 @@ class Blueprint:
             top_k=checkpoint.top_k,
             kv_values_per_token=checkpoint.kv_values_per_token,
             max_context=checkpoint.max_context,
+            embedding_parameters=self.embedding_parameters,
         )

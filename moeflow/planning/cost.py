@@ -1,65 +1,218 @@
-"""What a decoded token costs in bytes and, at the machine's rates, at least in seconds.
+"""What a decoded token and a prompt cost in seconds, as a sum of named parts; docs/cost-model.md derives it.
 
-The model is a bound, not a simulation: experts are taken to be equally likely, computation to be bound by
-reading weights once, overheads to be nothing. Where copies overlap computation the longer counts, else the sum. Where
-blobs of a layer differ in size, their mean is what an expert costs; that the cache may favour small ones is not seen.
+A pure function of shapes, rates and habits of routing. Computing is weights read once at the memory's rate, and
+launches that are bound by latency. Copies for misses come in between, less what of them the first product hides;
+guesses fill the time in which the link would idle, and what they bring need not be missed. The number of misses in a
+layer is taken to be binomial. It does not know batches, nor what a busy host delays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import comb
 
-from moeflow.planning.sizes import ModelSizes
-from moeflow.schema import HardwareProfile, Prediction
-from moeflow.schema.profile import Strategy
+from moeflow.planning.hits import Habit, hit_rates_of
+from moeflow.planning.rates import DENSE, HOST_LAYER, HOST_WEIGHTS, LATENT, PER_EXPERT, Rates
+from moeflow.planning.sizes import LayerSize, ModelSizes
+from moeflow.schema import DecodeTime, HardwareProfile, Prediction, PrefillTime
+from moeflow.schema.profile import Execution, Strategy
 
-__all__ = ["predict"]
+__all__ = ["Running", "predict", "RECALL"]
+
+RECALL = 0.8
+"""Share of guesses that are assumed to be right where nobody measured the model's."""
+HIDING = 10e-6  # of each layer's computing that no guess travels in: its lookup, and the guess's own
+PROMPT = 512  # tokens of the prompt whose prefill is predicted
+PREFILL_EXPERT = 46e-6  # until the host has launched what an expert's tokens need
+PREFILL_LATENT = 5.8e-3  # of a layer with latent attention
+UNPACK = 4  # bytes moved beside the packed ones for a weight that is unpacked to 16 bits and read again
+FLOPS = 150  # of a large product, for each byte that the device's memory moves meanwhile
+MARGIN, UNMEASURED = 0.1, 0.25  # of a prediction's range: with measured rates, and without
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model runs: what of a plan its speed depends on."""
+
+    slots: Sequence[int]
+    """k per layer."""
+    ram_experts: Sequence[int]
+    """Experts in host memory, per layer; the others are on disk."""
+    strategy: Strategy = "full"
+    execution: Execution = "device"
+    guessed: int = 0
+    """Experts guessed per layer; 0: none."""
+
+
+@dataclass
+class _Token:
+    """One token's seconds and bytes, summed over layers."""
+
+    experts: float = 0.0
+    launches: float = 0.0
+    misses: float = 0.0
+    disk: float = 0.0
+    hidden: float = 0.0
+    missed: float = 0.0
+    guessed: float = 0.0
+    wasted: float = 0.0
+    hits: float = 0.0
 
 
 def predict(
     sizes: ModelSizes,
     hardware: HardwareProfile,
-    cache_slots: Sequence[int],
-    ram_experts: Sequence[int],
-    strategy: Strategy,
+    running: Running,
+    hits: Sequence[float] | None = None,
+    recall: float = RECALL,
 ) -> Prediction | None:
-    """Bound the decode speed; None where the hardware profile lacks a rate that is needed.
+    """Seconds and bytes of a token and of a prompt; None where the hardware profile lacks a rate that is needed.
 
     Args:
         sizes: of the model.
-        hardware: rates.
-        cache_slots: k per layer.
-        ram_experts: experts in host memory, per layer; the others are on disk.
-        strategy: which row of the paper's ablation.
+        hardware: its rates; `Rates` says what stands in for kernels that were not measured.
+        running: how it runs.
+        hits: hit rate of each layer, from a trace or a measurement; None: as assumed, and the range tells how far that
+            may be off.
+        recall: share of guesses that are right.
     """
-    memory_rate = hardware.gpu.memory_bandwidth if hardware.gpu else hardware.cpu.memory_bandwidth
-    missed = on_disk = read = hits = 0.0
-    for layer, slots, in_ram in zip(sizes.layers, cache_slots, ram_experts, strict=True):
-        hit_rate = slots / layer.experts
-        copies = layer.experts if strategy == "naive" else sizes.top_k * (1 - hit_rate)
-        hits += hit_rate / len(sizes.layers)
-        missed += copies * layer.mean_nbytes
-        on_disk += copies * (layer.nbytes - layer.of_first(in_ram)) / layer.experts
-        read += sizes.top_k * layer.mean_nbytes
-    read += sizes.resident_packed + sizes.resident_dense
-    if memory_rate is None or (on_disk and hardware.disk is None):
+    rates = Rates.of(hardware)
+    on_disk = any(n < layer.experts for n, layer in zip(running.ram_experts, sizes.layers, strict=True))
+    if rates is None or (on_disk and rates.disk is None):
         return None
-    link_seconds = missed / hardware.link.host_to_device
-    disk_seconds = on_disk / hardware.disk.read if on_disk and hardware.disk else 0.0
-    memory_seconds = read / memory_rate
-    waiting = max(link_seconds, disk_seconds)
-    seconds = max(waiting, memory_seconds) if strategy in ("full", "naive") else waiting + memory_seconds
+    given = hits is not None
+    found = _token(sizes, rates, hardware, running, hits or _assumed(sizes, running, "markov"), recall)
+    dense = sizes.read_resident / (DENSE * rates.memory)
+    decode = DecodeTime(
+        dense=dense, experts=found.experts, launches=found.launches, misses=found.misses, disk=found.disk
+    )
+    least = decode.total
+    if not given:  # routes without habits, and guesses that bring nothing
+        worst = _token(sizes, rates, hardware, running, _assumed(sizes, running, "uniform"), 0.5)
+        least = dense + worst.experts + worst.launches + worst.misses + worst.disk
+    margin = UNMEASURED if rates.assumed else MARGIN
     return Prediction(
-        tokens_per_second=_digits(1 / seconds),
-        hit_rate=_digits(hits),
-        missed_bytes=round(missed),
-        read_bytes=round(read),
-        link_seconds=_digits(link_seconds),
-        disk_seconds=_digits(disk_seconds),
-        memory_seconds=_digits(memory_seconds),
+        tokens_per_second=_digits(1 / decode.total),
+        low=_digits((1 - margin) / max(least, decode.total)),
+        high=_digits((1 + margin) / decode.total),
+        hit_rate=_digits(found.hits / len(sizes.layers)),
+        missed_bytes=round(found.missed),
+        guessed_bytes=round(found.guessed),
+        wasted_bytes=round(found.wasted),
+        read_bytes=round(sizes.read_resident + sum(sizes.top_k * layer.mean_nbytes for layer in sizes.layers)),
+        hidden=_digits(found.hidden),
+        decode=decode.rounded(),
+        prefill=_prefill(sizes, rates, hardware, running).rounded(),
+        assumed=(*rates.assumed, *(() if given else ("routes repeat as Mixtral's do",))),
+    )
+
+
+def _assumed(sizes: ModelSizes, running: Running, habit: Habit) -> list[float]:
+    return hit_rates_of([layer.experts for layer in sizes.layers], running.slots, sizes.top_k, habit)
+
+
+def _token(
+    sizes: ModelSizes, rates: Rates, hardware: HardwareProfile, running: Running, hits: Sequence[float], recall: float
+) -> _Token:
+    total = _Token()
+    dense = sizes.read_resident / (DENSE * rates.memory) / len(sizes.layers)
+    for number, layer in enumerate(sizes.layers):
+        hit = hits[number] if running.strategy in ("full", "no-prefetch") else 0.0
+        total.hits += hit
+        first, second, fixed = _computing(sizes, layer, rates, hardware)
+        total.experts += first + second
+        total.launches += fixed
+        if running.strategy == "naive":
+            _streamed(total, layer, rates, first + second + fixed + dense)
+        else:
+            guesses = running.guessed if running.strategy == "full" and number else 0
+            compute = first + second + fixed + dense
+            _missed(total, sizes.top_k, layer, rates, hit, (first, compute), (guesses, recall))
+        copied = layer.experts if running.strategy == "naive" else sizes.top_k * (1 - hit)
+        share = 1 - layer.of_first(running.ram_experts[number]) / layer.nbytes
+        total.disk += copied * layer.mean_nbytes * share / rates.disk if share and rates.disk else 0.0
+    return total
+
+
+def _computing(
+    sizes: ModelSizes, layer: LayerSize, rates: Rates, hardware: HardwareProfile
+) -> tuple[float, float, float]:
+    """Seconds of a layer's two products, and of all else that does not depend on bytes."""
+    if hardware.gpu is None:
+        weights = sizes.top_k * layer.weights / (rates.cores * HOST_WEIGHTS)
+        return weights * 2 / 3, weights / 3, HOST_LAYER
+    nbytes = sizes.top_k * layer.mean_nbytes
+    first = rates.product(layer.format, nbytes * 2 / 3)
+    return (
+        first,
+        rates.product(layer.format, nbytes / 3),
+        (LATENT if sizes.latent else rates.layer) + (PER_EXPERT * layer.experts),
+    )
+
+
+def _missed(
+    total: _Token,
+    top_k: int,
+    layer: LayerSize,
+    rates: Rates,
+    hit: float,
+    computing: tuple[float, float],
+    guessing: tuple[int, float],
+) -> None:
+    """Add a layer's misses, less what its first product hides, and the guesses that came before them."""
+    blob = layer.mean_nbytes
+    (first, compute), (guessed, recall) = computing, guessing
+    needed = exposed = copying = 0.0
+    for count, probability in _binomial(top_k, 1 - hit):
+        nbytes = count * blob
+        needed += probability * nbytes
+        seconds = rates.copies(nbytes, blob)
+        copying += probability * seconds
+        exposed += probability * (seconds - min(seconds / 3, first if count else 0.0))
+    window = max(0.0, compute - HIDING - (1 - hit**top_k) * first) * rates.kernel_link
+    brought = sum(p * min(n * blob, window) for n, p in _binomial(guessed, 1 - hit)) if guessed else 0.0
+    used = min(recall * brought, needed)
+    share = used / needed if needed else 0.0
+    total.missed += needed - used
+    total.guessed += brought
+    total.wasted += brought - used
+    total.misses += exposed * (1 - share)
+    total.hidden += copying - exposed * (1 - share)
+
+
+def _streamed(total: _Token, layer: LayerSize, rates: Rates, compute: float) -> None:
+    """Add a whole layer that travels while the one before computes."""
+    seconds = layer.nbytes / rates.link
+    total.missed += layer.nbytes
+    total.misses += max(0.0, seconds - compute)
+    total.hidden += min(seconds, compute)
+
+
+def _binomial(count: int, probability: float) -> Iterator[tuple[int, float]]:
+    for n in range(count + 1):
+        yield n, comb(count, n) * probability**n * (1 - probability) ** (count - n)
+
+
+def _prefill(sizes: ModelSizes, rates: Rates, hardware: HardwareProfile, running: Running) -> PrefillTime:
+    """Of a prompt that meets an empty cache: every expert travels, while those before it compute."""
+    link = sum(layer.nbytes for layer in sizes.layers) / rates.link
+    on_disk = sum(y.nbytes - y.of_first(n) for y, n in zip(sizes.layers, running.ram_experts, strict=True))
+    weights = sum(layer.experts * layer.weights for layer in sizes.layers)
+    if hardware.gpu is None:
+        compute = weights / (rates.cores * HOST_WEIGHTS)
+    else:
+        packed = sum(layer.nbytes for layer in sizes.layers)
+        active = sum(sizes.top_k * layer.weights for layer in sizes.layers)
+        compute = (packed + UNPACK * weights) / rates.memory + 2 * PROMPT * active / (FLOPS * rates.memory)
+        compute += sum(
+            layer.experts * PREFILL_EXPERT + (PREFILL_LATENT if sizes.latent else 0.0) for layer in sizes.layers
+        )
+    return PrefillTime(
+        tokens=PROMPT, link=link, compute=compute, disk=on_disk / rates.disk if on_disk and rates.disk else 0.0
     )
 
 
 def _digits(value: float) -> float:
-    """Four significant digits: a bound has no more."""
+    """Four significant digits: a prediction has no more."""
     return float(f"{value:.4g}")

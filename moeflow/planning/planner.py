@@ -12,7 +12,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 from moeflow.errors import CapacityError, DocumentError
-from moeflow.planning.cost import predict
+from moeflow.planning.cost import Running, predict
 from moeflow.planning.guessing import landing_buffers
 from moeflow.planning.sizes import ITEM_SIZE, LayerSize, ModelSizes
 from moeflow.planning.workspace import PREFILL_CHUNK, workspace
@@ -65,6 +65,8 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
     in_ram = sum(layer.of_first(n) for layer, n in zip(sizes.layers, ram_experts, strict=True))
     if fixed.execution == "device" and hardware.gpu is not None:
         staging, fixed = _land_more(sizes, staging, prefetch, fixed, limit - fixed.total - slot_bytes)
+    guessed = prefetch.experts if prefetch.depth else 0
+    running = Running(slots, ram_experts, profile.strategy, fixed.execution, guessed)
     return Plan(
         manifest_digest=manifest_digest,
         hardware=hardware.name,
@@ -91,7 +93,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         ),
         ram_nbytes=in_ram,
         disk_nbytes=sizes.expert_nbytes - in_ram,
-        prediction=predict(sizes, hardware, slots, ram_experts, profile.strategy),
+        prediction=predict(sizes, hardware, running),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 from moeflow.artifact.blueprint import Blueprint, largest_layout
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.layout import row_blocks
+from moeflow.planning.rates import format_of
 from moeflow.schema import (
     BlobLayout,
     DenseScheme,
@@ -23,6 +24,7 @@ from moeflow.schema import (
 __all__ = ["LayerSize", "ModelSizes", "ITEM_SIZE"]
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+LATENT_TYPES = ("deepseek_v2", "deepseek_v3")  # families with latent attention
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class LayerSize:
     """Inputs and outputs of an expert."""
     inner: int = 0
     """Numbers between its matrices."""
+    format: str = "4-bit"
+    """Of its weights, as `rates.format_of` names it."""
     layout: int = 0
     """Which of the model's layouts its largest blobs have: the engine keeps landing buffers for each."""
     blobs: tuple[int, ...] = ()
@@ -54,6 +58,7 @@ class LayerSize:
             largest_matrix=max(map(_numbers, layouts[number].matrices)),
             hidden=gate_up.columns,
             inner=down.columns,
+            format=format_of(gate_up.scheme),
             layout=number,
             blobs=tuple(layouts[n].nbytes for n in numbers) if len(set(numbers)) > 1 else (),
         )
@@ -66,6 +71,11 @@ class LayerSize:
     def nbytes(self) -> int:
         """Bytes of all blobs: what the layer takes in host memory, on disk, and in a buffer that holds it whole."""
         return self.of_first(self.experts)
+
+    @property
+    def weights(self) -> int:
+        """Of an expert: gate, up and down."""
+        return 3 * self.hidden * self.inner
 
     @property
     def mean_nbytes(self) -> float:
@@ -95,6 +105,15 @@ class ModelSizes:
     """Bytes a number that torch holds at once while it dequantizes an expert's matrix; 0 if it need not."""
     resident_scratch: int = 0
     """The same for resident matrices."""
+    embedding: int = 0
+    """Of `resident_dense`, bytes of the input embedding, of which a token reads one row; 0 where it is the head too."""
+    latent: bool = False
+    """Whether attention is DeepSeek's, over latent keys and values."""
+
+    @property
+    def read_resident(self) -> int:
+        """Resident bytes that every token reads."""
+        return self.resident_packed + self.resident_dense - self.embedding
 
     @property
     def expert_nbytes(self) -> int:
@@ -111,6 +130,8 @@ class ModelSizes:
             dtype=facts.dtype,
             kv_values_per_token=facts.kv_values_per_token,
             max_context=facts.max_context,
+            embedding=facts.embedding_parameters * ITEM_SIZE[facts.dtype],
+            latent=facts.type in LATENT_TYPES,
             **_of_experts(numbers, manifest.layouts),
             **_of_resident(manifest.resident, manifest.resident_nbytes),
         )
@@ -128,6 +149,8 @@ class ModelSizes:
             dtype=checkpoint.dtype,
             kv_values_per_token=checkpoint.kv_values_per_token,
             max_context=checkpoint.max_context,
+            embedding=blueprint.embedding_parameters * ITEM_SIZE[checkpoint.dtype],
+            latent=str(checkpoint.config.get("model_type")) in LATENT_TYPES,
             **_of_experts(blueprint.numbers, blueprint.layouts),
             **_of_resident(blueprint.resident.values(), blueprint.resident_nbytes),
         )

@@ -3,6 +3,7 @@
 from moeflow.schema.base import Document, Part
 from moeflow.schema.benchmark import Benchmark, BenchmarkRow, Environment, Limits
 from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Probed
+from moeflow.schema.kernels import Kernels, Product
 from moeflow.schema.link import BusState, Link, LinkPoint, Pcie
 from moeflow.schema.manifest import (
     BlobLayout,
@@ -14,7 +15,7 @@ from moeflow.schema.manifest import (
     Segment,
     Shard,
 )
-from moeflow.schema.plan import MemoryBudget, Plan, PlannedPrefetch, Prediction
+from moeflow.schema.plan import DecodeTime, MemoryBudget, Plan, PlannedPrefetch, Prediction, PrefillTime
 from moeflow.schema.profile import Cache, Memory, Prefetch, Profile
 from moeflow.schema.quantization import (
     BitsAndBytesScheme,
@@ -36,6 +37,7 @@ __all__ = [
     "Cache",
     "Cpu",
     "DenseScheme",
+    "DecodeTime",
     "Disk",
     "Document",
     "Environment",
@@ -44,6 +46,7 @@ __all__ = [
     "Guessing",
     "HardwareProfile",
     "HqqScheme",
+    "Kernels",
     "Limits",
     "Link",
     "LinkPoint",
@@ -58,6 +61,8 @@ __all__ = [
     "Plan",
     "PlannedPrefetch",
     "Prediction",
+    "PrefillTime",
+    "Product",
     "Prefetch",
     "Probed",
     "Profile",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from moeflow.schema.base import Document, Part
+from moeflow.schema.kernels import Kernels
 from moeflow.schema.link import Link
 from moeflow.schema.units import Rate, Size, Spread
 
@@ -32,6 +33,8 @@ class Gpu(Part):
     """CUDA compute capability, such as "8.6"."""
     memory_bandwidth: Rate | None = None
     """Device memory, bytes a second."""
+    kernels: Kernels | None = None
+    """The engine's own; None where they were not measured."""
 
 
 class Cpu(Part):

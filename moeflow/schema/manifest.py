@@ -124,6 +124,9 @@ class ModelFacts(Part):
     """Numbers that the KV cache holds for one token, over all layers."""
     max_context: int
     """Positions that the model was made for."""
+    # Left out where it is 0: manifests made before it existed keep their bytes.
+    embedding_parameters: int = Field(default=0, exclude_if=lambda count: count == 0)
+    """Of the input embedding, of which a token reads one row; 0 where it is the output head as well."""
 
 
 class Manifest(Document):

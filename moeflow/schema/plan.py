@@ -6,14 +6,16 @@ times are seconds.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.profile import Dtype, Execution, Policy, Predictor, Strategy
 
-__all__ = ["PlannedPrefetch", "MemoryBudget", "Prediction", "Plan"]
+__all__ = ["DecodeTime", "MemoryBudget", "Plan", "PlannedPrefetch", "Prediction", "PrefillTime"]
+
+P = TypeVar("P", bound=Part)
 
 
 class PlannedPrefetch(Part):
@@ -44,20 +46,77 @@ class MemoryBudget(Part):
     limit: int
 
 
+class DecodeTime(Part):
+    """Seconds of one decoded token; the parts follow one another."""
+
+    dense: float
+    """Attention, shared experts, head: read once from device memory."""
+    experts: float
+    """Products with the chosen experts, hits and misses alike."""
+    launches: float
+    """What does not depend on bytes: small kernels, and on a CPU the host's own work."""
+    misses: float
+    """Copies over the link that nothing hides."""
+    disk: float
+    """Reads of misses that lie on the disk."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.dense + self.experts + self.launches + self.misses + self.disk
+
+    def rounded(self) -> Self:
+        """To four digits."""
+        return _rounded(self)
+
+
+class PrefillTime(Part):
+    """Seconds of a prompt that finds nothing cached; copies and computing overlap."""
+
+    tokens: int
+    link: float
+    """Every expert over the link."""
+    compute: float
+    """Unpacking, products, launches."""
+    disk: float
+
+    @property
+    def total(self) -> float:
+        """Until the first token: whatever takes longest."""
+        return max(self.link, self.compute, self.disk)
+
+    def rounded(self) -> Self:
+        """To four digits."""
+        return _rounded(self)
+
+
 class Prediction(Part):
-    """An upper bound on decode speed from bytes and rates alone; see `moeflow.planning.cost`."""
+    """Decode speed from bytes, rates and habits of routing; see `moeflow.planning.cost`."""
 
     tokens_per_second: float
+    low: float
+    """With routes that never repeat, guesses of which half are right, and the model's error."""
+    high: float
     hit_rate: float
-    """Assuming that every expert is as likely as any other."""
     missed_bytes: int
-    """Over the link, per token."""
+    """Over the link on demand, per token."""
+    guessed_bytes: int
+    """Over the link on a guess, per token."""
+    wasted_bytes: int
+    """The part of them that is not used."""
     read_bytes: int
     """Out of device memory, per token."""
-    link_seconds: float
-    disk_seconds: float
-    """For the misses that lie on disk."""
-    memory_seconds: float
+    hidden: float
+    """Seconds of copies that computing hides, per token."""
+    decode: DecodeTime
+    prefill: PrefillTime
+    assumed: tuple[str, ...] = ()
+    """What nobody measured on this machine or of this model."""
+
+
+def _rounded(part: P) -> P:
+    values = {name: float(f"{getattr(part, name):.4g}") for name in type(part).model_fields if name != "tokens"}
+    return part.model_copy(update=values)
 
 
 class Plan(Document):

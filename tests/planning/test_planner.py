@@ -360,7 +360,7 @@ def test_experts_that_do_not_fit_memory_are_on_disk() -> None:
     assert set(plan.ram_experts) == {3}  # 10 of 21 GiB
     assert plan.ram_nbytes <= 10 * GIB
     assert plan.prediction is not None
-    assert plan.prediction.disk_seconds > 0
+    assert plan.prediction.decode.disk > 0
 
 
 def test_memory_for_experts_is_filled_and_never_exceeded() -> None:

@@ -17,6 +17,7 @@ from moeflow.schema import (
     Benchmark,
     BenchmarkRow,
     Cpu,
+    DecodeTime,
     DenseScheme,
     Disk,
     Document,
@@ -37,6 +38,7 @@ from moeflow.schema import (
     PlannedPrefetch,
     Prediction,
     Prefetch,
+    PrefillTime,
     Profile,
     Quantization,
     Shard,
@@ -86,8 +88,11 @@ PLAN = Plan(
     ram_nbytes=15 << 20,
     disk_nbytes=1 << 20,
     prediction=Prediction(
-        tokens_per_second=12.5, hit_rate=0.31, missed_bytes=7, read_bytes=8, link_seconds=1e-3, disk_seconds=0.0,
-        memory_seconds=2.5e-7,
+        tokens_per_second=12.5, low=9.0, high=14.0, hit_rate=0.31, missed_bytes=7, guessed_bytes=3, wasted_bytes=1,
+        read_bytes=8, hidden=1e-3,
+        decode=DecodeTime(dense=1e-3, experts=2e-3, launches=3e-3, misses=0.05, disk=0.0),
+        prefill=PrefillTime(tokens=512, link=0.2, compute=0.1, disk=0.0),
+        assumed=("routes repeat as Mixtral's do",),
     ),
 )  # fmt: skip
 MANIFEST = Manifest(

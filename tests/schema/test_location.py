@@ -78,7 +78,7 @@ def test_a_fault_of_a_profile_is_one_exact_line(fault: dict[str, Any], line: str
          r"gpu.compute_capability is seven; string should match pattern '^\d+\.\d+$'"),
         ({"gpu": {"name": "T4", "memory": "16GiB", "compute_capability": "7.5", "bandwidth": 1}},
          "gpu.bandwidth: unknown key; did you mean memory_bandwidth? "
-         "known: name, memory, compute_capability, memory_bandwidth"),
+         "known: name, memory, compute_capability, memory_bandwidth, kernels"),
         ({"link": {"host_to_device": "12GB"}},
          "link.host_to_device is 12GB; expected a rate such as 12.5GB/s"),
         ({"link": {"host_to_device": [12]}},
