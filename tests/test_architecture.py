@@ -37,7 +37,7 @@ TORCH_FREE = [
     "moeflow.artifact.reader", "moeflow.artifact.layout", "moeflow.artifact.blueprint", "moeflow.artifact.synthetic",
     "moeflow.offload.routing", "moeflow.reporting.text", "moeflow.reporting.plot", "moeflow.probe.environment",
     "moeflow.probe.machine", "moeflow.probe.match", "moeflow.probe.nearest",
-    "moeflow.planning.forecast", "moeflow.artifact.outline",
+    "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.artifact.shapes",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -55,15 +55,26 @@ class ModelConfig:
             raise CheckpointError(f"{self.file}: {key} is {value}, a whole number above zero is needed")
         return value
 
+    def listed(self, key: str) -> list[Any]:
+        """A list; empty where it is null or not there.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        values = self.values.get(key)
+        if values is not None and not isinstance(values, list):
+            raise CheckpointError(f"{self.file}: {key} is {values!r}, a list is needed")
+        return values or []
+
     def of_layer(self, key: str, layer: int) -> Any:
         """What a list with an entry for every layer says of one.
 
         Raises:
             CheckpointError: it is not there, or shorter than the model.
         """
-        values = self.values.get(key)
-        if not isinstance(values, list) or len(values) < self.layers:
-            raise CheckpointError(f"{self.file}: {key} is {values!r}, a list with an entry for each layer is needed")
+        values = self.listed(key)
+        if len(values) < self.layers:
+            raise CheckpointError(f"{self.file}: {key} has {len(values)} entries, one for each layer is needed")
         return values[layer]
 
     def _most(self, names: tuple[str, ...]) -> int | None:

@@ -43,7 +43,7 @@ def _after_first(config: ModelConfig, layer: int) -> bool:
 
 
 def _by_step(config: ModelConfig, layer: int) -> bool:
-    dense = config.values.get("mlp_only_layers") or ()  # Qwen1.5-MoE's config is older than the key: none
+    dense = config.listed("mlp_only_layers")  # Qwen1.5-MoE's config is older than the key, and has no such layers
     return layer not in dense and (layer + 1) % config.positive("decoder_sparse_step") == 0
 
 

@@ -66,7 +66,7 @@ def config_dtype(config: Mapping[str, Any], source: str) -> str:
         CheckpointError: moeflow does not run it.
     """
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in STORED:
+    if str(dtype) not in STORED:
         raise CheckpointError(f"{source}: dtype is {dtype!r}; supported: {', '.join(STORED)}")
     return str(dtype)
 
