@@ -40,7 +40,7 @@ TORCH_FREE = [
     "moeflow.probe.machine", "moeflow.probe.match", "moeflow.probe.nearest", "moeflow.probe.nvml",
     "moeflow.probe.rates", "moeflow.probe.estimate", "moeflow.cli_probe", "moeflow.console_hardware",
     "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.planning.simulator", "moeflow.planning.shape",
-    "moeflow.reporting.simulation", "moeflow.reporting.curves",
+    "moeflow.reporting.simulation", "moeflow.reporting.curves", "moeflow.artifact.shapes",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -44,10 +44,10 @@ class Checkpoint:
         self.config = config
         self.headers = headers
         """What is on disk."""
-        self.stored = stored_tensors(config, headers, directory / "config.json")
+        self.facts = ModelConfig.of(config, directory)
+        self.stored = stored_tensors(config, headers, self.facts.file)
         self.tensors = {name: stored.info for name, stored in self.stored.items()}
         """The same as plain tensors: what a release stores as codes and scales is one here, in 16 or 32 bits."""
-        self.facts = ModelConfig(config, directory / "config.json")
 
     @classmethod
     def open(cls, directory: Path) -> Self:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from moeflow.errors import CheckpointError
 
-__all__ = ["ModelConfig"]
+__all__ = ["EXPERTS", "ModelConfig"]
 
 TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -28,6 +28,11 @@ class ModelConfig:
         self.values = values
         self.file = file
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: Path) -> Self:
+        """Of a config that is at `source`: a file of JSON, or a directory that has one."""
+        return cls(values, source if source.suffix == ".json" else source / "config.json")
+
     def number(self, key: str) -> int:
         """A whole number.
 
@@ -38,6 +43,39 @@ class ModelConfig:
         if not isinstance(value, int) or isinstance(value, bool):
             raise CheckpointError(f"{self.file}: {key} is {value!r}, a whole number is needed")
         return value
+
+    def positive(self, key: str) -> int:
+        """A whole number above zero.
+
+        Raises:
+            CheckpointError: it is not there, or not above zero.
+        """
+        value = self.number(key)
+        if value < 1:
+            raise CheckpointError(f"{self.file}: {key} is {value}, a whole number above zero is needed")
+        return value
+
+    def listed(self, key: str) -> list[Any]:
+        """A list; empty where it is null or not there.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        values = self.values.get(key)
+        if values is not None and not isinstance(values, list):
+            raise CheckpointError(f"{self.file}: {key} is {values!r}, a list is needed")
+        return values or []
+
+    def of_layer(self, key: str, layer: int) -> Any:
+        """What a list with an entry for every layer says of one.
+
+        Raises:
+            CheckpointError: it is not there, or shorter than the model.
+        """
+        values = self.listed(key)
+        if len(values) < self.layers:
+            raise CheckpointError(f"{self.file}: {key} has {len(values)} entries, one for each layer is needed")
+        return values[layer]
 
     def _most(self, names: tuple[str, ...]) -> int | None:
         """The first of `names` that is there; the largest, where it lists one number per layer."""

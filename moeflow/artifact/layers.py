@@ -14,7 +14,7 @@ from moeflow.artifact.families import Family
 from moeflow.artifact.safetensors import TensorInfo
 from moeflow.errors import CheckpointError
 
-__all__ = ["MoeLayer", "Slice", "find_layers"]
+__all__ = ["MoeLayer", "Slice", "find_layers", "role_shapes"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,18 @@ def find_layers(
     return tuple(builder.layer(index, found[index]) for index in sorted(found))
 
 
+def role_shapes(hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    """Role -> shape of one expert's array, a matrix as `[outputs, inputs]`."""
+    return {
+        "gate": (intermediate, hidden),
+        "up": (intermediate, hidden),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+        "gate_up_bias": (2 * intermediate,),
+        "down_bias": (hidden,),
+    }
+
+
 class _Builder:
     """Checks the experts of a layer."""
 
@@ -110,15 +122,7 @@ class _Builder:
         shape = self._shape(down)
         if len(shape) != 2:
             raise CheckpointError(f"{self.directory}: {down.tensor} has shape {list(shape)}; a matrix is needed")
-        hidden, intermediate = shape
-        return {
-            "gate": (intermediate, hidden),
-            "up": (intermediate, hidden),
-            "gate_up": (2 * intermediate, hidden),
-            "down": (hidden, intermediate),
-            "gate_up_bias": (2 * intermediate,),
-            "down_bias": (hidden,),
-        }
+        return role_shapes(*shape)
 
     def _shape(self, part: Slice) -> tuple[int, ...]:
         """Of one expert's array, as `[outputs, inputs]`."""

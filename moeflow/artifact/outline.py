@@ -1,9 +1,9 @@
 """A checkpoint's names and shapes from the least that is there: for sizes before anything is downloaded.
 
-Headers where the weights lie on this disk, read without torch. Where only a config does, transformers builds the model
-on the meta device, which takes torch and some seconds, and names its tensors as a release does. A hub id is looked up
-in the hub's cache, then among the published configs that ship with moeflow; last the hub is asked for the config
-alone. No weights are downloaded or read.
+Headers where the weights lie on this disk. Where only a config does, names and shapes follow from it, without torch
+for the families that `moeflow.artifact.structures` lists; for others transformers builds the model on the meta device,
+which takes some seconds. The published configs that ship with moeflow come before the hub's cache, which takes the
+hub's client to look into; last the hub is asked for the config alone. No weights are downloaded or read.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeflow.artifact.architectures import PUBLISHED, architecture
+from moeflow.artifact.architectures import ARCHITECTURES, PUBLISHED, architecture
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.hub import resolve_config, resolve_model
-from moeflow.artifact.synthetic import synthetic_checkpoint
-from moeflow.errors import CheckpointError
+from moeflow.artifact.shapes import config_checkpoint
 from moeflow.files import read_document
 
 __all__ = ["Outline", "outline"]
@@ -36,32 +35,38 @@ class Outline:
 
 
 def outline(model: str, revision: str | None = None) -> Outline:
-    """Names and shapes of `model`, as a profile names it.
+    """Names and shapes of a model.
+
+    Args:
+        model: as a profile names it; or the name of an architecture that ships with moeflow, or a config's file.
+        revision: of a hub id.
 
     Raises:
-        CheckpointError: nothing is known of it here, and the hub cannot be reached.
+        CheckpointError: nothing is known of it here, and the hub cannot be reached; or its config lacks a number.
     """
-    is_hub_id = model.count("/") == 1 and not model.startswith((".", "~", "/")) and not Path(model).is_dir()
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _of_config(path)
+    name = PUBLISHED.get(model, model)
+    if name in ARCHITECTURES and revision is None and not path.is_dir():
+        checkpoint = config_checkpoint(architecture(name), model)
+        return Outline(checkpoint, "the config that ships with moeflow", _nbytes(checkpoint))
+    is_hub_id = model.count("/") == 1 and not model.startswith((".", "~", "/")) and not path.is_dir()
     directory = _cached(model, revision) if is_hub_id else resolve_model(model)
     if directory is not None and _has_weights(directory):
         checkpoint = Checkpoint.open(directory)
         return Outline(checkpoint, f"tensor headers in {directory}", _nbytes(checkpoint))
-    if directory is None and revision is None and model in PUBLISHED:
-        checkpoint = synthetic_checkpoint(architecture(PUBLISHED[model]), model)
-        return Outline(checkpoint, "the config that ships with moeflow", _nbytes(checkpoint))
-    directory = directory or resolve_config(model, revision)
-    return _of_config(directory)
+    return _of_config((directory or resolve_config(model, revision)) / "config.json")
 
 
-def _of_config(directory: Path) -> Outline:
-    config = read_document(directory / "config.json")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{directory / 'config.json'}: a config is a mapping, this is {type(config).__name__}")
-    checkpoint = synthetic_checkpoint(config, str(directory))
-    total = (_index(directory).get("metadata") or {}).get("total_size")
+def _of_config(file: Path) -> Outline:
+    directory = file.parent
+    is_release = file.name == "config.json"  # else what lies beside it may be of another model
+    checkpoint = config_checkpoint(architecture(str(file)), str(directory if is_release else file))
+    total = (_index(directory).get("metadata") or {}).get("total_size") if is_release else None
     return Outline(
         checkpoint,
-        f"{directory / 'config.json'}, no weights read",
+        f"{file}, no weights read",
         int(total) if isinstance(total, int | float) else _nbytes(checkpoint),
     )
 

@@ -19,9 +19,15 @@ from moeflow.artifact.safetensors import ITEM, TensorInfo
 from moeflow.errors import CheckpointError
 from moeflow.schema import Manifest, Quantization, Shard
 
-__all__ = ["synthetic_checkpoint", "synthetic_manifest"]
+__all__ = [
+    "STORED", "Shape", "bare_checkpoint", "config_dtype", "plain_config", "synthetic_checkpoint", "synthetic_manifest",
+]  # fmt: skip
 
-_STORED = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+Shape = tuple[str, tuple[int, ...]]
+"""Dtype in safetensors' names, and shape."""
+
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""dtype in a config -> in safetensors' names."""
 
 
 def synthetic_checkpoint(config: Mapping[str, Any], source: str = "synthetic") -> Checkpoint:
@@ -34,24 +40,44 @@ def synthetic_checkpoint(config: Mapping[str, Any], source: str = "synthetic") -
     Raises:
         CheckpointError: moeflow does not know the family, or transformers refuses the config.
     """
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = plain_config(config)
+    return bare_checkpoint(plain, source, _tensors(plain, source))
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of plain weights, whatever format the release has."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def bare_checkpoint(config: dict[str, Any], source: str, shapes: Mapping[str, Shape]) -> Checkpoint:
+    """A checkpoint of headers alone: `shapes` has dtype and shape by name on disk."""
     file = Path(source)
     tensors = {
         name: TensorInfo(file, name, dtype, shape, 0, prod(shape) * ITEM[dtype])
-        for name, (dtype, shape) in _tensors(plain, source).items()
+        for name, (dtype, shape) in shapes.items()
     }
-    return Checkpoint(file, plain, tensors)
+    return Checkpoint(file, config, tensors)
 
 
-def _tensors(config: Mapping[str, Any], source: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def config_dtype(config: Mapping[str, Any], source: str) -> str:
+    """The dtype of a config's weights, one of `STORED`.
+
+    Raises:
+        CheckpointError: moeflow does not run it.
+    """
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if str(dtype) not in STORED:
+        raise CheckpointError(f"{source}: dtype is {dtype!r}; supported: {', '.join(STORED)}")
+    return str(dtype)
+
+
+def _tensors(config: Mapping[str, Any], source: str) -> dict[str, Shape]:
     """Name on disk -> dtype and shape, of every tensor of the model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if f"torch.{dtype}" not in _STORED:
-        raise CheckpointError(f"{source}: dtype is {dtype!r}; supported: float32, bfloat16, float16")
+    dtype = config_dtype(config, source)
     try:
         with torch.device("meta"):
             built = AutoConfig.for_model(**config)
@@ -61,7 +87,8 @@ def _tensors(config: Mapping[str, Any], source: str) -> dict[str, tuple[str, tup
     except Exception as error:  # whatever a family's code makes of numbers that do not fit each other
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: transformers cannot build a model of this config: {reason}") from error
-    return {name: (_STORED[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in stored.items()}
+    dtypes = {getattr(torch, name): stored for name, stored in STORED.items()}
+    return {name: (dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()}
 
 
 def synthetic_manifest(config: Mapping[str, Any], quantization: Quantization, source: str = "synthetic") -> Manifest:
