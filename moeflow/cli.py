@@ -16,6 +16,7 @@ import typer
 from moeflow.cli_bench import bench
 from moeflow.cli_hardware import hardware as hardware_commands
 from moeflow.cli_pack import pack
+from moeflow.cli_plan import autotune, plan
 from moeflow.cli_probe import probe
 from moeflow.cli_simulate import simulate
 from moeflow.errors import MoeflowError
@@ -77,52 +78,9 @@ def _options(
 app.command()(probe)
 
 
-@app.command()
-def autotune(
-    model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory, or demo.")] = "demo",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write.")] = Path("profile.yaml"),
-    hardware: Annotated[str, typer.Option(help="A name in hardware/, a path, or auto (probe).")] = "auto",
-    min_speed: Annotated[float, typer.Option(min=0.0, help="Tokens/s below which fewer bits are preferred.")] = 5.0,
-    as_json: Json = False,
-) -> None:
-    """Choose bits and cache size for a model on a machine, and write a profile that `pack` takes."""
-    from moeflow import pipeline
-    from moeflow.console import say, show_candidates
-    from moeflow.console_hardware import show_hardware
-    from moeflow.schema import Profile
-
-    machine = pipeline.resolve_hardware(hardware)
-    chosen, found = pipeline.autotune(model, machine, Profile(model=model, hardware=hardware), min_speed)
-    chosen.profile.save(output)
-    if as_json:
-        plan = chosen.plan.to_dict() if chosen.plan else None
-        return typer.echo(json.dumps({"profile": chosen.profile.to_dict(), "plan": plan}))
-    show_hardware(machine)
-    show_candidates(chosen, found)
-    say(f"wrote {output}; next: moeflow pack {output}")
-    return None
-
-
+app.command()(autotune)
 app.command()(pack)
-
-
-@app.command()
-def plan(
-    artifact: Artifact,
-    hardware: Hardware = None,
-    k: Slots = None,
-    policy: Policy = None,
-    ablation: Strategy = None,
-    save: Annotated[bool, typer.Option(help="Replace the artifact's plan.json.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Show how a packed model would run: memory by use, cache, tiers, and a bound on its speed."""
-    from moeflow import pipeline
-    from moeflow.console import out, show_plan
-
-    changes = {"hardware": hardware, "experts_per_layer": k, "policy": policy, "strategy": ablation}
-    made = pipeline.plan_offload(artifact, changes, save=save)
-    return typer.echo(made.to_json(), nl=False) if as_json else show_plan(made, to=out)
+app.command()(plan)
 
 
 @app.command()

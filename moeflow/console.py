@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from moeflow.progress import Progress
 from moeflow.schema import Manifest, Plan, Prediction
 from moeflow.schema.layers import written
-from moeflow.schema.units import format_size
+from moeflow.schema.units import format_size, three_digits
 
 if TYPE_CHECKING:
     from moeflow.generation import Statistics
@@ -117,26 +117,33 @@ def show_plan(plan: Plan, to: Console = err) -> None:
 
 
 def _prediction_rows(found: Prediction) -> list[tuple[str, str]]:
-    speed = f"{found.tokens_per_second:.3g} tokens/s, between {found.low:.3g} and {found.high:.3g}"
     moved = (
         f"{found.hit_rate:.0%} hits; {format_size(found.missed_bytes + found.guessed_bytes)} over the link and "
         f"{format_size(found.read_bytes)} read per token"
     )
     prompt = f"{found.prefill.total:.2g} s to the first token of {found.prefill.tokens} that find nothing cached"
-    rows = [("prediction", f"{speed}: {moved}"), ("prompt", prompt)]
+    rows = [("prediction", f"{found.speed}: {moved}"), ("prompt", prompt)]
     return [*rows, ("assumed", "; ".join(found.assumed))] if found.assumed else rows
 
 
-def show_candidates(chosen: Candidate, found: Sequence[Candidate]) -> None:
-    """autotune's choices; the taken one is marked."""
+def show_candidates(chosen: Candidate, found: Sequence[Candidate], to: Console = err) -> None:
+    """autotune's choices, best quality first; the taken one is marked."""
     rows = []
     for c in found:
+        quantization = c.profile.quantization
+        bits = (quantization.experts.label, quantization.attention.label)
         mark = "→" if c is chosen else " "
-        label = c.profile.quantization.experts.label
-        k = str(c.plan.cache_slots[0]) if c.plan else "-"
-        speed = f"{c.tokens_per_second:.4g}" if c.plan else c.refusal
-        rows.append((mark, label, format_size(c.expert_nbytes), k, speed))
-    grid(err, "quantization", ("", "experts", "size", "k", "tokens/s"), rows)
+        if c.plan is None:
+            rows.append((mark, *bits, format_size(c.expert_nbytes), "-", "-", c.refusal))
+            continue
+        few, most = min(c.plan.cache_slots), max(c.plan.cache_slots)
+        k = str(few) if few == most else f"{few}-{most}"
+        expected = c.plan.prediction
+        speed = three_digits(c.tokens_per_second) if expected else "not known"
+        between = expected.range if expected else "-"
+        disk = f", {format_size(c.plan.disk_nbytes)} of it on disk" if c.plan.disk_nbytes else ""
+        rows.append((mark, *bits, format_size(c.expert_nbytes) + disk, k, speed, between))
+    grid(to, "choices", ("", "experts", "attention", "size", "k", "tokens/s", "between"), rows)
 
 
 def show_manifest(manifest: Manifest, to: Console = out) -> None:

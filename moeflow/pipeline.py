@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["autotune", "dry_run", "load", "pack", "plan_offload", "read_profile", "resolve_hardware"]
 
+MIN_SPEED = 5.0
 PROFILE = "profile.yaml"
 HARDWARE = "hardware.yaml"
 
@@ -57,11 +58,26 @@ def resolve_hardware(name: str) -> HardwareProfile:
 
 
 def autotune(
-    model: str, hardware: HardwareProfile, base: Profile | None = None, min_speed: float = 5.0
+    model: str,
+    hardware: HardwareProfile,
+    base: Profile | None = None,
+    min_speed: float = MIN_SPEED,
+    min_bits: int = 2,
 ) -> tuple[Candidate, list[Candidate]]:
-    """Choose a profile for `model` on `hardware`; returns the choice and all candidates."""
+    """Choose a profile for `model` on `hardware`; returns the choice and all candidates, best quality first.
+
+    Args:
+        model: as in a profile, or the name of a published architecture; its config is enough, no weights are read.
+        hardware: the machine.
+        base: what is fixed beside quantization: memory, context, policy.
+        min_speed: tokens/s below which fewer bits are preferred.
+        min_bits: the least that experts may have.
+
+    Raises:
+        CapacityError: nothing fits.
+    """
     base = base or Profile(model=model)
-    found = candidates(Checkpoint.open(resolve_model(model, base.revision)), base, hardware)
+    found = candidates(outline(model, base.revision).checkpoint, base, hardware, min_bits)
     return choose(found, min_speed), found
 
 

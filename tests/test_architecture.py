@@ -28,7 +28,7 @@ LAYERS = [
     {"reporting"},
     {"console"},
     {"console_hardware"},
-    {"cli_bench", "cli_hardware", "cli_pack", "cli_probe", "cli_simulate"},
+    {"cli_bench", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
     {"cli"},
     {"__main__"},
 ]

@@ -281,9 +281,12 @@ def test_plan_shows_and_does_not_save(moe, demo_artifact: Path) -> None:
 
 def test_autotune_writes_what_pack_takes(moe, tmp_path: Path) -> None:
     profile = tmp_path / "tuned.yaml"
-    code, _, err = moe("autotune", "demo", "-o", profile, "--hardware", "rtx-3060")
+    code, out, _ = moe("autotune", "demo", "-o", profile, "--hardware", "rtx-3060")
     assert code == 0
-    assert "4-bit g64" in err
+    assert "4-bit g64" in out
+    text = profile.read_text()
+    assert "Predicted, not measured" in text and "Guesses are" in text and "All experts" in text
+    assert "# 4-bit g64 experts with unquantized attention: the best quality that reaches 5 tokens/s." in text
     assert moe("validate", profile)[0] == 0
     assert moe("pack", profile, "-o", tmp_path / "artifact")[0] == 0
 

@@ -1,8 +1,9 @@
 """The stage offload-plan: profile, model sizes and hardware in, a plan out.
 
 Device memory goes first to what must be there (resident weights, KV cache, landing buffers, workspace), then
-to the two layer buffers of prefill, and all that is left to cache slots. Who drives decides how much workspace
-there must be, and whether there is room decides who drives: every way is laid out, and the best that fits is taken.
+to the two layer buffers of prefill, and all that is left to cache slots, evenly and then one more in some layers. Who
+drives decides how much workspace there must be, and whether there is room decides who drives: every way is laid out,
+and the best that fits is taken.
 Whatever the profile fixes is taken as it is, or refused with the numbers that would fit.
 """
 
@@ -27,6 +28,7 @@ CUDA_RESERVE = 1 << 30  # the driver's context, libraries and fragmentation
 HOST_RESERVE = 2 << 30  # the system and Python
 HOST_SHARE = 0.9  # of what is left
 FEW_TOKENS = 8  # whose experts the kernels multiply in one pass
+LANDING_SHARE = 64  # of all experts: landing buffers for short prompts that take no more come before slots
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,10 @@ class _Fixed:
     execution: Execution
     resident: int
     kv_cache: int
+    buffers: int
+    """That copies land in."""
     staging: int
+    """Their bytes."""
     stream: int
     workspace: int
 
@@ -55,16 +60,15 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
     dtype = _dtype(profile, hardware)
     context = min(profile.context_length, sizes.max_context)
     prefetch = _prefetch(profile, sizes)
-    staging = landing_buffers(sizes.top_k, prefetch.depth, prefetch.experts)
     limit = _device_limit(profile, hardware)
-    ways = _ways(profile, sizes, hardware, dtype, context, staging, limit)
+    ways = _ways(profile, sizes, hardware, dtype, context, prefetch, limit)
     fixed, slots = _choose(ways, profile, sizes, hardware, limit)
+    if hardware.gpu is not None:
+        fixed, slots = _fill(profile, sizes, prefetch, fixed, slots, limit)
     slot_bytes = _slot_bytes(sizes, slots)
     ram_experts = _ram_experts(profile, sizes, hardware, fixed.total + slot_bytes)
     _check_execution(profile, sizes, fixed, ram_experts)
     in_ram = sum(layer.of_first(n) for layer, n in zip(sizes.layers, ram_experts, strict=True))
-    if fixed.execution == "device" and hardware.gpu is not None:
-        staging, fixed = _land_more(sizes, staging, prefetch, fixed, limit - fixed.total - slot_bytes)
     guessed = prefetch.experts if prefetch.depth else 0
     running = Running(slots, ram_experts, profile.strategy, fixed.execution, guessed)
     return Plan(
@@ -77,7 +81,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         policy=profile.cache.policy,
         context_length=context,
         cache_slots=slots,
-        staging_slots=staging,
+        staging_slots=fixed.buffers,
         stream_layers=2 if fixed.stream else 0,
         prefetch=prefetch,
         ram_experts=ram_experts,
@@ -103,7 +107,7 @@ def _ways(
     hardware: HardwareProfile,
     dtype: Dtype,
     context: int,
-    staging: int,
+    prefetch: PlannedPrefetch,
     limit: int,
 ) -> list[_Fixed]:
     """The ways to run, best first: device-driven, then host-driven with and without layer buffers for prefill.
@@ -112,13 +116,19 @@ def _ways(
     other fixed parts leave; naive offloading is made of them, and the host's.
     """
     item = ITEM_SIZE[dtype]
+    each = _landing_nbytes(sizes)
+    least = landing_buffers(sizes.top_k, prefetch.depth, prefetch.experts)
+    several = max(least, _for_few_tokens(sizes, prefetch))
+    cheap = (several - least) * each <= sizes.expert_nbytes // LANDING_SHARE
 
     def way(execution: Execution, stream: int) -> _Fixed:
+        buffers = several if execution == "device" and cheap else least
         return _Fixed(
             execution=execution,
             resident=sizes.resident_packed + sizes.resident_dense * item // ITEM_SIZE[sizes.dtype],
             kv_cache=sizes.kv_values_per_token * context * item,
-            staging=staging * sum(nbytes for _, nbytes in {(y.layout, y.blob_nbytes) for y in sizes.layers}),
+            buffers=buffers,
+            staging=buffers * each,
             stream=stream,
             workspace=workspace(sizes, hardware, dtype, context, execution),
         )
@@ -193,14 +203,40 @@ def _device_limit(profile: Profile, hardware: HardwareProfile) -> int:
     return profile.memory.vram
 
 
-def _land_more(
-    sizes: ModelSizes, staging: int, prefetch: PlannedPrefetch, fixed: _Fixed, spare: int
-) -> tuple[int, _Fixed]:
-    """Memory that no whole k fills, as landing buffers: with enough, short prompts fetch only the experts they need."""
-    each = fixed.staging // staging
-    wanted = min(FEW_TOKENS * sizes.top_k, max(layer.experts for layer in sizes.layers)) + prefetch.experts
-    count = max(staging, min(wanted, staging + spare // each))
-    return count, replace(fixed, staging=count * each)
+def _fill(
+    profile: Profile,
+    sizes: ModelSizes,
+    prefetch: PlannedPrefetch,
+    fixed: _Fixed,
+    slots: tuple[int, ...],
+    limit: int,
+) -> tuple[_Fixed, tuple[int, ...]]:
+    """Give what no whole k fills to slots of some layers, and what is left then to landing buffers."""
+    if profile.cache.experts_per_layer == "auto" and profile.strategy in ("full", "no-prefetch"):
+        slots = _with_spare(sizes, slots, limit - fixed.total - _slot_bytes(sizes, slots))
+    if fixed.execution == "device":
+        each, spare = _landing_nbytes(sizes), limit - fixed.total - _slot_bytes(sizes, slots)
+        buffers = max(fixed.buffers, min(_for_few_tokens(sizes, prefetch), fixed.buffers + spare // each))
+        fixed = replace(fixed, buffers=buffers, staging=buffers * each)
+    return fixed, slots
+
+
+def _landing_nbytes(sizes: ModelSizes) -> int:
+    """Of one landing buffer, for every layout that the model has."""
+    return sum(nbytes for _, nbytes in {(layer.layout, layer.blob_nbytes) for layer in sizes.layers})
+
+
+def _for_few_tokens(sizes: ModelSizes, prefetch: PlannedPrefetch) -> int:
+    """Landing buffers with which short prompts fetch only the experts that they need."""
+    return min(FEW_TOKENS * sizes.top_k, max(layer.experts for layer in sizes.layers)) + prefetch.experts
+
+
+def _with_spare(sizes: ModelSizes, slots: tuple[int, ...], spare: int) -> tuple[int, ...]:
+    """One slot more in as many layers as `spare` bytes hold, spread over the model's depth."""
+    layers = len(sizes.layers)
+    more = min(layers, spare // max(layer.blob_nbytes for layer in sizes.layers))
+    extra = ((i + 1) * more // layers - i * more // layers for i in range(layers))
+    return tuple(min(y.experts, k + one) for one, k, y in zip(extra, slots, sizes.layers, strict=True))
 
 
 def _slots(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, free: int) -> tuple[int, ...]:

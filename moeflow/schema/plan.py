@@ -12,6 +12,7 @@ from pydantic import Field
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.profile import Dtype, Execution, Policy, Predictor, Strategy
+from moeflow.schema.units import three_digits
 
 __all__ = ["DecodeTime", "MemoryBudget", "Plan", "PlannedPrefetch", "Prediction", "PrefillTime"]
 
@@ -112,6 +113,16 @@ class Prediction(Part):
     prefill: PrefillTime
     assumed: tuple[str, ...] = ()
     """What nobody measured on this machine or of this model."""
+
+    @property
+    def range(self) -> str:
+        """For people: `3.75 to 7.05`."""
+        return f"{three_digits(self.low)} to {three_digits(self.high)}"
+
+    @property
+    def speed(self) -> str:
+        """For people: `5.64 tokens/s (3.75 to 7.05)`."""
+        return f"{three_digits(self.tokens_per_second)} tokens/s ({self.range})"
 
 
 def _rounded(part: P) -> P:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
-__all__ = ["Size", "Rate", "Spread", "Auto", "AutoSize", "AutoCount", "format_size", "format_rate"]
+__all__ = ["Size", "Rate", "Spread", "Auto", "AutoSize", "AutoCount", "format_size", "format_rate", "three_digits"]
 
 Auto = Literal["auto"]
 
@@ -76,7 +76,8 @@ def _write_rate(value: int) -> int | str:
     return f"{Decimal(value) / 10**9:f}GB/s" if value % 10_000_000 == 0 else value
 
 
-def _three_digits(value: float) -> str:
+def three_digits(value: float) -> str:
+    """`value` for people, to three digits: `1,950`, `12.3`."""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
@@ -84,13 +85,13 @@ def format_size(size: float) -> str:
     """`size` bytes for people, to three digits: `1.95 GiB`."""
     for unit, step in _SIZE_STEPS:
         if abs(size) >= step:
-            return f"{_three_digits(size / step)} {unit}"
+            return f"{three_digits(size / step)} {unit}"
     return f"{size:.0f} B"
 
 
 def format_rate(rate: float) -> str:
     """`rate` bytes a second for people, in the decimal units that links are sold by: `12.3 GB/s`."""
-    return f"{_three_digits(rate / 1e9)} GB/s"
+    return f"{three_digits(rate / 1e9)} GB/s"
 
 
 _SIZE_SCHEMA = {"type": ["string", "integer"], "examples": ["11GiB", "512MiB"]}

@@ -113,9 +113,9 @@ def test_auto_fills_device_memory_and_never_exceeds_it() -> None:
         planned += 1
         _check_sums(plan, sizes)
         assert plan.memory.limit <= (machine.gpu.memory if machine.gpu and vram == "auto" else vram)
-        (k,) = set(plan.cache_slots)
-        one_more = sum(layer.blob_nbytes for layer in sizes.layers)
-        assert k == sizes.layers[0].experts or plan.memory.total + one_more > plan.memory.limit
+        assert max(plan.cache_slots) - min(plan.cache_slots) <= 1
+        one_more = sizes.layers[0].blob_nbytes
+        assert min(plan.cache_slots) == sizes.layers[0].experts or plan.memory.total + one_more > plan.memory.limit
     assert planned > 300
 
 
@@ -169,13 +169,14 @@ def test_whatever_auto_chooses_may_be_asked_for() -> None:
             plan = make_plan(_profile(), sizes, machine)
         except CapacityError:
             continue
-        again = make_plan(_profile(cache=Cache(experts_per_layer=plan.cache_slots[0])), sizes, machine)
-        assert again == plan
+        if len(set(plan.cache_slots)) == 1:
+            again = make_plan(_profile(cache=Cache(experts_per_layer=plan.cache_slots[0])), sizes, machine)
+            assert again == plan
 
 
 def test_the_papers_case_fits_a_12_gb_card() -> None:
     plan = make_plan(_profile(), MIXTRAL, _machine())
-    assert set(plan.cache_slots) == {2}
+    assert set(plan.cache_slots) == {2, 3}
     assert plan.stream_layers == 2
     assert plan.ram_experts == (8,) * 32
     assert plan.disk_nbytes == 0
@@ -263,16 +264,18 @@ def test_more_guesses_than_experts_are_refused() -> None:
 @pytest.mark.parametrize(
     ("strategy", "slots", "depth", "predictor", "stream"),
     [
-        ("full", 2, 1, "next-gate", 2),
-        ("no-prefetch", 2, 0, "none", 2),
-        ("no-cache", 0, 0, "none", 2),
-        ("naive", 0, 0, "none", 2),
+        ("full", {2, 3}, 1, "next-gate", 2),
+        ("no-prefetch", {2, 3}, 0, "none", 2),
+        ("no-cache", {0}, 0, "none", 2),
+        ("naive", {0}, 0, "none", 2),
     ],
 )
-def test_each_strategy_leaves_out_its_parts(strategy: str, slots: int, depth: int, predictor: str, stream: int) -> None:
+def test_each_strategy_leaves_out_its_parts(
+    strategy: str, slots: set[int], depth: int, predictor: str, stream: int
+) -> None:
     plan = make_plan(_profile(strategy=strategy), MIXTRAL, _machine())
     assert plan.strategy == strategy
-    assert set(plan.cache_slots) == {slots}
+    assert set(plan.cache_slots) == slots
     assert (plan.prefetch.depth, plan.prefetch.predictor) == (depth, predictor)
     assert plan.stream_layers == stream
     _check_sums(plan, MIXTRAL)
@@ -324,22 +327,31 @@ def test_a_prefetch_that_is_asked_for_is_taken_and_gets_its_buffers() -> None:
     assert plan.memory.staging == plan.staging_slots * 84 * MIB
 
 
-def test_memory_that_no_whole_k_fills_lands_the_experts_of_several_tokens() -> None:
-    """Enough for all experts of a layer and the guesses; fewer where there is no room; k is never less for it."""
-    per_k, seen = 32 * 84 * MIB, set()
-    for quarter in range(5):
-        vram = 9 * GIB + quarter * per_k // 4
-        plan = make_plan(_profile(memory=Memory(vram=vram)), MIXTRAL, _machine(vram=80 * GIB))
-        plain = make_plan(_profile(memory=Memory(vram=vram), execution="host"), MIXTRAL, _machine(vram=80 * GIB))
+def test_memory_that_no_whole_k_fills_is_slots_of_some_layers_spread_over_the_depth() -> None:
+    per_k, before = 32 * 84 * MIB, 0
+    for eighth in range(9):
+        memory = Memory(vram=9 * GIB + eighth * per_k // 8)
+        plan = make_plan(_profile(memory=memory), MIXTRAL, _machine(vram=80 * GIB))
+        plain = make_plan(_profile(memory=memory, execution="host"), MIXTRAL, _machine(vram=80 * GIB))
         assert (plan.execution, plain.staging_slots) == ("device", 4)
-        assert plan.cache_slots >= plain.cache_slots  # the host-driven path takes more workspace
+        assert sum(plan.cache_slots) >= sum(plain.cache_slots)  # the host-driven path takes more workspace
         _check_sums(plan, MIXTRAL)
-        spare = plan.memory.limit - plan.memory.total
-        assert plan.staging_slots == 8 + 2 or spare < 84 * MIB
-        seen.add(plan.staging_slots)
-    assert max(seen) == 10
+        assert plan.memory.limit - plan.memory.total < 84 * MIB
+        assert sum(plan.cache_slots) > before
+        before = sum(plan.cache_slots)
+        halves = sum(plan.cache_slots[:16]), sum(plan.cache_slots[16:])
+        assert abs(halves[0] - halves[1]) <= 1
+
+
+def test_buffers_land_the_experts_of_several_tokens_where_they_are_cheap_or_nothing_else_wants_the_memory() -> None:
+    """Enough for all experts of a layer, or of eight tokens, and the guesses."""
     many = replace(MIXTRAL, layers=(LayerSize(128, 3 * MIB, 2 * 768 * 2048),) * 48, top_k=8)
-    assert make_plan(_profile(), many, _machine(vram=80 * GIB)).staging_slots == 8 * 8 + 8
+    for vram, all_cached in ((12 * GIB, False), (80 * GIB, True)):
+        plan = make_plan(_profile(), many, _machine(vram=vram))
+        assert plan.staging_slots == 8 * 8 + 8
+        assert (min(plan.cache_slots) == 128) == all_cached
+    assert make_plan(_profile(), MIXTRAL, _machine()).staging_slots == 4
+    assert make_plan(_profile(), MIXTRAL, _machine(vram=80 * GIB)).staging_slots == 8 + 2
 
 
 def test_no_predictor_is_no_prefetch() -> None:
