@@ -38,13 +38,17 @@ def probe(
 ) -> None:
     """Measure this machine: GPU, memory, link, disk. The file is shareable; it names no host and no user."""
     from moeflow.console import out, progress_bar
-    from moeflow.console_hardware import show_findings, show_hardware, show_link, show_now
+    from moeflow.console_hardware import show_findings, show_hardware, show_kernels, show_link, show_now
     from moeflow.probe.machine import probe as measure
     from moeflow.probe.match import known_hardware, match
 
     directory = disk or _usual_directory()
     with progress_bar() as progress:
         found = measure(name=save.stem if save else name, progress=progress, directory=directory, quick=quick)
+        if found.gpu and not quick:
+            from moeflow.calibration import calibrated
+
+            found = calibrated(found, progress)
     if save:
         found.save(save)
     if as_json:
@@ -52,6 +56,7 @@ def probe(
     typer.echo(found.description)
     show_hardware(found, to=out)
     show_link(found, to=out)
+    show_kernels(found, to=out)
     show_now(_now(found, directory), to=out)
     if known := match(found, known_hardware().values()):
         show_findings("in hardware/", [known], to=out)

@@ -18,7 +18,7 @@ from moeflow.schema.units import format_rate, format_size
 if TYPE_CHECKING:
     from moeflow.probe.nearest import Finding
 
-__all__ = ["show_findings", "show_hardware", "show_link", "show_machines", "show_now", "show_sources"]
+__all__ = ["show_findings", "show_hardware", "show_kernels", "show_link", "show_machines", "show_now", "show_sources"]
 
 
 def show_hardware(hardware: HardwareProfile, to: Console = err) -> None:
@@ -57,6 +57,24 @@ def show_link(hardware: HardwareProfile, to: Console = err) -> None:
         cells = [(point.engine, point.engine_spread), (point.kernel, point.kernel_spread)][: 1 + len(kernel)]
         rows.append((format_size(point.nbytes), *(_spread_rate(*cell) for cell in cells)))
     grid(to, "link by size of a copy", ("size", engine, *kernel), rows)
+
+
+def show_kernels(hardware: HardwareProfile, to: Console = err) -> None:
+    """The engine's own kernels; nothing where they were not measured."""
+    gpu = hardware.gpu
+    if gpu is None or gpu.kernels is None or not gpu.memory_bandwidth:
+        return
+    rows = [
+        (
+            name,
+            f"{product.latency * 1e6:.1f} us",
+            format_rate(product.rate),
+            f"{product.rate / gpu.memory_bandwidth:.2f}",
+        )
+        for name, product in gpu.kernels.products.items()
+    ]
+    rows.append(("layer, beside products", f"{gpu.kernels.layer * 1e6:.1f} us", "", ""))
+    grid(to, "kernels", ("format", "latency", "rate", "of memory"), rows)
 
 
 def show_now(rows: Iterable[tuple[str, str]], to: Console = out) -> None:

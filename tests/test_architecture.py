@@ -25,6 +25,7 @@ LAYERS = [
     {"generation", "text"},
     {"engine"},
     {"bench", "pipeline"},
+    {"calibration"},
     {"reporting"},
     {"console"},
     {"console_hardware"},

@@ -8,79 +8,38 @@ more than the L2 cache holds, by events; the memory's and the copy engine's own 
 from __future__ import annotations
 
 import itertools
-import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from moeflow.artifact.layout import expert_layout, packed_matrix
+from moeflow.calibration import SCHEMES, SHAPES, graph_seconds, product_times
 from moeflow.kernels.copy import COPY_BLOCKS, COPY_THREADS, PIECE
 from moeflow.kernels.gemv import Gate, Gemv, Jobs
 from moeflow.kernels.launcher import CudaLauncher, cuda_launcher
 from moeflow.kernels.pages import PORTABLE_AND_MAPPED
 from moeflow.offload.device import WARPS
 from moeflow.probe.bandwidth import device_rate, link_rate
-from moeflow.schema import BitsAndBytesScheme, HqqScheme, Scheme
+from moeflow.schema import HqqScheme
 
 DEVICE = torch.device("cuda")
 GIB = 1 << 30
-MODELS = {"mixtral-8x7b": (4096, 14336, 2), "qwen3-30b-a3b": (2048, 768, 8)}
-SCHEMES: tuple[Scheme, ...] = (
-    HqqScheme(bits=2),
-    HqqScheme(bits=3),
-    HqqScheme(bits=4),
-    HqqScheme(bits=8),
-    HqqScheme(bits=2, group_size=16, metadata_bits=8),
-    BitsAndBytesScheme(format="nf4"),
-    BitsAndBytesScheme(format="int8"),
-)
-
-
-def seconds(work: Callable[[], object], repeats: int = 20) -> float:
-    """Median of graph replays."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
 
 
 def products(launcher: CudaLauncher, bandwidth: float) -> None:
     print(f"{'expert products':<38}{'us each':>9}{'GB/s':>8}{'of memory':>11}")
-    for model, (hidden, intermediate, top_k) in MODELS.items():
+    for model, (hidden, intermediate, top_k) in SHAPES.items():
         for scheme in SCHEMES:
             layout = expert_layout(hidden, intermediate, scheme, "bfloat16")
-            copies = max(2, -(-(512 << 20) // (layout.nbytes * top_k)))
-            pool = torch.randint(
-                0, 60, (copies * top_k, layout.nbytes), dtype=torch.uint8, device=DEVICE
-            )  # finite halves
-            for matrix, share in zip(layout.matrices, (top_k, 1), strict=True):
-                gemv = Gemv(launcher, matrix, DEVICE)
-                x = gemv.prepare(torch.randn(top_k // share, matrix.columns, device=DEVICE))
-                order = torch.arange(copies * top_k, dtype=torch.int32, device=DEVICE).view(copies, top_k)
-                jobs = [Jobs(pool, row, top_k, share) for row in order]
-                each = seconds(lambda g=gemv, p=x, js=jobs: [g.multiply(p, j) for j in js]) / copies
-                nbytes = top_k * sum(s.nbytes for s in matrix.segments)
+            times = product_times(launcher, scheme, hidden, intermediate, top_k)
+            for matrix, (nbytes, each) in zip(layout.matrices, times, strict=True):
                 rate = nbytes / each
                 name = f"{model} {scheme.label} {matrix.name}"
                 print(f"{name:<38}{each * 1e6:>9.1f}{rate / 1e9:>8.0f}{rate / bandwidth:>11.2f}")
             wide = torch.randn(top_k, 2 * intermediate, device=DEVICE)
             down = Gemv(launcher, layout.matrices[1], DEVICE)
-            gated = seconds(lambda d=down, w=wide: [d.prepare(w, Gate("SILU")) for _ in range(32)]) / 32
+            gated = graph_seconds(lambda d=down, w=wide: [d.prepare(w, Gate("SILU")) for _ in range(32)]) / 32
             print(f"{'  gate and prepare':<38}{gated * 1e6:>9.1f}")
 
 
@@ -101,7 +60,7 @@ def sweep(launcher: CudaLauncher, bandwidth: float) -> None:
             gemv = Gemv(launcher, matrix, DEVICE)
             gemv._share = lambda *_, chosen=chosen: chosen  # type: ignore[method-assign]
             x = gemv.prepare(torch.randn(count // share, columns, device=DEVICE))
-            found.append((seconds(lambda g=gemv, x=x, js=jobs: [g.multiply(x, j) for j in js], 7) / sets, chosen))
+            found.append((graph_seconds(lambda g=gemv, x=x, js=jobs: [g.multiply(x, j) for j in js], 7) / sets, chosen))
         best = [f"{c}: {t * 1e6:.1f} us, {nbytes * count / t / bandwidth:.2f}" for t, c in sorted(found)[:3]]
         print(f"{scheme.label:<16}{f'{rows} x {columns} x {count}':<20}{'   '.join(best)}")
 
@@ -124,7 +83,7 @@ def copies(launcher: CudaLauncher, peak: float) -> None:
             kernel = launcher.kernel("copy.cu", "copy", defines)
             tables = (one, progress, 0, blob // PIECE, counters, None, None, None, 0)
             launch = partial(kernel, blocks, COPY_THREADS, host, pool, blob)
-            each = seconds(lambda go=launch, rest=tables, js=jobs: [go(job, *rest) for job in js]) / count
+            each = graph_seconds(lambda go=launch, rest=tables, js=jobs: [go(job, *rest) for job in js]) / count
             rate = blob / each
             name = f"{blob / 1e6:.1f} MB, {blocks} blocks"
             print(f"{name:<38}{each * 1e6:>9.1f}{rate / 1e9:>8.1f}{rate / peak:>11.2f}")

@@ -2,6 +2,7 @@
 
     python tools/predictions.py measure sweep.json [SET ...]   # on a CUDA device, about five minutes for all sets
     python tools/predictions.py compare sweep.json --plot predictions.png
+    python tools/predictions.py search found.json              # the planner's choice beside its neighbours
 
 Measuring and comparing are apart, so that a change of the cost model is judged by figures that it did not see. Every
 set is one model in random weights; routes are forced, as each row says.
@@ -10,10 +11,11 @@ set is one model in random weights; routes are forced, as each row says.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from moeflow.artifact.architectures import architecture
 from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.artifact.synthetic import synthetic_checkpoint
 from moeflow.bench import Settings, measure_limits, run_rows
+from moeflow.calibration import calibrated
 from moeflow.planning.cost import Running, predict
 from moeflow.planning.hits import Habit, hit_rates_of
 from moeflow.planning.sizes import ModelSizes
@@ -35,9 +38,13 @@ RECALL = 0.9
 class Case:
     """One row."""
 
-    k: int
+    k: int | None
+    """None: the planner's."""
     routing: str = "uniform"
     guesses: bool = True
+    host: bool = False
+    """Whether the host drives."""
+    policy: str = "lru"
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,14 @@ class Group:
     model: str
     bits: int
     cases: tuple[Case, ...]
+    vram: str = "auto"
 
 
+CHOICES = {
+    "mixtral-8x7b in 9 GiB": Group("mixtral-8x7b", 2, (), "9GiB"),
+    "qwen3-30b-a3b in 8 GiB": Group("qwen3-30b-a3b", 4, (), "8GiB"),
+}
+"""Where the planner's choice is measured beside all others of a grid: k, guesses, policy."""
 SETS = {
     "mixtral-2": Group(
         "mixtral-8x7b",
@@ -70,6 +83,12 @@ SETS = {
         4,
         (Case(16), Case(32, "markov"), Case(48), Case(32, guesses=False), Case(64, guesses=False)),
     ),
+    "mixtral-fresh": Group(
+        "mixtral-8x7b", 2, (Case(3), Case(5, guesses=False), Case(7, "markov"), Case(1, "markov", guesses=False))
+    ),
+    "qwen3-fresh": Group("qwen3-30b-a3b", 4, (Case(16), Case(80, "markov"), Case(112), Case(48, guesses=False))),
+    "olmoe-fresh": Group("olmoe-1b-7b", 4, (Case(16), Case(32, "markov"), Case(48, guesses=False), Case(64))),
+    "host": Group("mixtral-8x7b", 2, (Case(4, host=True), Case(4, guesses=False, host=True), Case(8, host=True))),
     "deepseek-8": Group("deepseek-v2-lite", 8, (Case(32), Case(48, "markov", guesses=False), Case(64, guesses=False))),
 }
 
@@ -77,13 +96,24 @@ SETS = {
 def settings_of(group: Group, case: Case) -> Settings:
     scheme = {"backend": "hqq", "bits": group.bits, "group_size": 64}
     quantization = {"experts": scheme, "attention": {"backend": "hqq", "bits": 4, "group_size": 64}}
-    profile = Profile.parse({"model": group.model, "quantization": quantization, "context_length": 1024}, "predictions")
+    profile = Profile.parse(
+        {
+            "model": group.model,
+            "quantization": quantization,
+            "context_length": 1024,
+            "cache": {"policy": case.policy},
+            "memory": {"vram": group.vram},
+            **({"execution": "host"} if case.host else {}),
+        },
+        "predictions",
+    )
     return Settings(
         profile,
         experts_per_layer=case.k,
         routing=case.routing,  # type: ignore[arg-type]
         recall=RECALL if case.guesses else None,
         rows=("full" if case.guesses else "no-prefetch",),
+        **({"tokens": 8, "warm_up": 4} if case.host else {}),
     )
 
 
@@ -94,7 +124,7 @@ def measured(group: Group, hardware: HardwareProfile) -> list[BenchmarkRow]:
 
 
 def measure(path: Path, chosen: list[str]) -> None:
-    hardware, limits = pipeline.resolve_hardware("auto"), measure_limits()
+    hardware, limits = calibrated(pipeline.resolve_hardware("auto")), measure_limits()
     hardware.save(path.with_suffix(".hardware.yaml"))
     rows: list[BenchmarkRow] = []
     for name in chosen or SETS:
@@ -111,9 +141,8 @@ def measure(path: Path, chosen: list[str]) -> None:
 def predicted(row: BenchmarkRow, hardware: HardwareProfile, sizes: ModelSizes) -> Prediction:
     """Of a row's configuration; nothing that was measured in the row itself goes in."""
     layers = len(sizes.layers)
-    k = int(row.k)
     running = Running(
-        slots=(k,) * layers,
+        slots=(row.k,) * layers,
         ram_experts=tuple(layer.experts for layer in sizes.layers),
         strategy=row.strategy,
         execution=row.execution,
@@ -124,6 +153,27 @@ def predicted(row: BenchmarkRow, hardware: HardwareProfile, sizes: ModelSizes) -
     found = predict(sizes, hardware, running, hit_rates_of(experts, running.slots, sizes.top_k, habit), RECALL)
     assert found is not None, "a probed machine has all rates"
     return found
+
+
+def search(path: Path) -> None:
+    """Measure the planner's choice and its neighbours."""
+    hardware, limits = pipeline.resolve_hardware("auto"), measure_limits()
+    rows: list[BenchmarkRow] = []
+    for name, group in CHOICES.items():
+        (chosen,) = measured(replace(group, cases=(Case(None, "markov"),)), hardware)
+        most = int(chosen.k)
+        grid = itertools.product((most, most * 3 // 4, most // 2), (True, False), ("lru", "lfu"))
+        cases = tuple(Case(k, "markov", guesses, policy=policy) for k, guesses, policy in grid)
+        others = measured(replace(group, cases=cases), hardware)
+        best = max(row.tokens_per_second or 0.0 for row in (chosen, *others))
+        for row, case in zip((chosen, *others), (Case(None), *cases), strict=True):
+            what = f"k = {row.k:<6.4g}{'with' if row.strategy == 'full' else 'without'} guesses, {case.policy}"
+            print(f"{name}: {what:<36}{row.tokens_per_second:>7.4g} tokens/s")
+        print(f"{name}: the planner's choice has {(chosen.tokens_per_second or 0) / best:.3f} of the best", flush=True)
+        rows += (chosen, *others)
+    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    command = " ".join(["python", *sys.argv])
+    Benchmark(command=command, date=date, environment=environment(), limits=limits, rows=tuple(rows)).save(path)
 
 
 def compare(path: Path, plot: Path | None) -> None:
@@ -193,12 +243,16 @@ def main() -> None:
     measuring = actions.add_parser("measure")
     measuring.add_argument("path", type=Path)
     measuring.add_argument("sets", nargs="*", choices=[[], *SETS], default=[])
+    searching = actions.add_parser("search")
+    searching.add_argument("path", type=Path)
     comparing = actions.add_parser("compare")
     comparing.add_argument("path", type=Path)
     comparing.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.action == "measure":
         measure(arguments.path, arguments.sets)
+    elif arguments.action == "search":
+        search(arguments.path)
     else:
         compare(arguments.path, arguments.plot)
 
