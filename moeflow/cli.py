@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moeflow.cli_bench import bench
+from moeflow.cli_explain import explain
 from moeflow.cli_hardware import hardware as hardware_commands
 from moeflow.cli_pack import pack
 from moeflow.cli_plan import autotune, plan
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 app.command()(bench)
 app.command()(simulate)
+app.command()(explain)
 app.add_typer(hardware_commands, name="hardware")
 _debug = False
 

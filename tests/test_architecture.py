@@ -28,8 +28,8 @@ LAYERS = [
     {"calibration"},
     {"reporting"},
     {"console"},
-    {"console_hardware"},
-    {"cli_bench", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
+    {"console_explain", "console_hardware"},
+    {"cli_bench", "cli_explain", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
     {"cli"},
     {"__main__"},
 ]
@@ -42,6 +42,7 @@ TORCH_FREE = [
     "moeflow.probe.rates", "moeflow.probe.estimate", "moeflow.cli_probe", "moeflow.console_hardware",
     "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.planning.simulator", "moeflow.planning.shape",
     "moeflow.reporting.simulation", "moeflow.reporting.curves", "moeflow.artifact.shapes",
+    "moeflow.planning.explanation", "moeflow.cli_explain", "moeflow.console_explain",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

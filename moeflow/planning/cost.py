@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from math import comb
 
 from moeflow.planning.hits import Habit, hit_rates_of
-from moeflow.planning.rates import DENSE, HOST_LAYER, HOST_WEIGHTS, LATENT, PER_EXPERT, Rates
+from moeflow.planning.rates import (
+    DENSE,
+    DRIVEN_LAYER,
+    DRIVEN_UNPACK,
+    HOST_LAYER,
+    HOST_WEIGHTS,
+    LATENT,
+    PER_EXPERT,
+    Rates,
+)
 from moeflow.planning.sizes import LayerSize, ModelSizes
 from moeflow.schema import DecodeTime, HardwareProfile, Prediction, PrefillTime
 from moeflow.schema.profile import Execution, Strategy
@@ -91,7 +100,10 @@ def predict(
     if not given:  # routes without habits, and guesses that bring nothing
         worst = _token(sizes, rates, hardware, running, _assumed(sizes, running, "uniform"), 0.5)
         least = dense + worst.experts + worst.launches + worst.misses + worst.disk
-    margin = UNMEASURED if rates.assumed else MARGIN
+    assumed = list(rates.assumed)
+    if hardware.gpu and running.execution == "host":
+        assumed.append("the host's work for a layer, as measured on an H200")
+    margin = UNMEASURED if assumed else MARGIN
     return Prediction(
         tokens_per_second=_digits(1 / decode.total),
         low=_digits((1 - margin) / max(least, decode.total)),
@@ -104,7 +116,7 @@ def predict(
         hidden=_digits(found.hidden),
         decode=decode.rounded(),
         prefill=_prefill(sizes, rates, hardware, running).rounded(),
-        assumed=(*rates.assumed, *(() if given else ("routes repeat as Mixtral's do",))),
+        assumed=(*assumed, *(() if given else ("routes repeat as Mixtral's do",))),
     )
 
 
@@ -120,7 +132,7 @@ def _token(
     for number, layer in enumerate(sizes.layers):
         hit = hits[number] if running.strategy in ("full", "no-prefetch") else 0.0
         total.hits += hit
-        first, second, fixed = _computing(sizes, layer, rates, hardware)
+        first, second, fixed = _computing(sizes, layer, rates, hardware, running.execution)
         total.experts += first + second
         total.launches += fixed
         if running.strategy == "naive":
@@ -136,13 +148,16 @@ def _token(
 
 
 def _computing(
-    sizes: ModelSizes, layer: LayerSize, rates: Rates, hardware: HardwareProfile
+    sizes: ModelSizes, layer: LayerSize, rates: Rates, hardware: HardwareProfile, execution: Execution
 ) -> tuple[float, float, float]:
     """Seconds of a layer's two products, and of all else that does not depend on bytes."""
     if hardware.gpu is None:
         weights = sizes.top_k * layer.weights / (rates.cores * HOST_WEIGHTS)
         return weights * 2 / 3, weights / 3, HOST_LAYER
     nbytes = sizes.top_k * layer.mean_nbytes
+    if execution == "host":  # weights are unpacked in memory, then multiplied
+        seconds = (nbytes + DRIVEN_UNPACK * sizes.top_k * layer.weights) / rates.memory
+        return seconds * 2 / 3, seconds / 3, DRIVEN_LAYER
     first = rates.product(layer.format, nbytes * 2 / 3)
     return (
         first,

@@ -22,9 +22,14 @@ PER_EXPERT = 42e-9  # of a layer's router and lookup, for each expert that it ha
 DENSE = 0.95  # of the memory's rate, that resident weights are read at
 KERNEL_COPY, ENGINE_COPY = 0.92, 0.977  # of the link's rate in large copies
 COPY = 5e-6  # until the first byte of a layer's copies
-ENGINE_CORES, ENGINE_BLOB, ENGINE_LEAST = 4, 4 << 20, 12 << 20  # where the copy engine brings what the device wants
+# Where the copy engine brings what the device wants: cores, bytes of gate and up, and bytes of a layer behind the head.
+ENGINE_CORES, ENGINE_BLOB, ENGINE_LEAST, ENGINE_HEAD = 4, 4 << 20, 12 << 20, 3 << 20
 # Decoding without kernels, per layer and per weight and core; two cores of a server.
 HOST_LAYER, HOST_WEIGHTS = 2.6e-3, 2e8
+DRIVEN_UNPACK = (
+    57  # bytes of device memory a weight that torch unpacks there: three rows of Mixtral's shapes on one H100
+)
+DRIVEN_LAYER = 2.0e-3  # of a layer that the host drives on a GPU: the demo model's 8 took 16 ms a token on one H200
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class Rates:
             products |= {n: Launch(p.latency, p.rate / memory) for n, p in gpu.kernels.products.items()}
         elif gpu:
             assumed.append("kernels, as measured on an H100")
+        else:
+            assumed.append("computing, as measured on two cores of a server")
         return cls(
             memory=memory,
             link=link,
@@ -112,5 +119,5 @@ class Rates:
         """Seconds of a layer's copies, `nbytes` in blobs of `blob`."""
         if nbytes <= 0:
             return 0.0
-        large = self.has_engine and blob >= ENGINE_BLOB and nbytes >= ENGINE_LEAST
+        large = self.has_engine and blob * 2 / 3 >= ENGINE_BLOB and nbytes - ENGINE_HEAD >= ENGINE_LEAST
         return COPY + nbytes / (ENGINE_COPY * self.link if large else self.kernel_link)
