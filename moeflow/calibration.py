@@ -50,7 +50,8 @@ QUANTIZATION = {
     "experts": {"backend": "hqq", "bits": 4, "group_size": 64},
     "attention": {"backend": "hqq", "bits": 4, "group_size": 64},
 }
-DEPTHS = (16, 48)  # layers of the two models: with fewer, the host's own work would be what is timed
+DEPTHS = (8, 24)  # layers of the two models: with fewer, the host's own work would be what is timed
+RATE_STEP = 1_000_000_000  # bytes a second; finer digits differ from run to run
 LEAST = 1e-7  # seconds of a latency, which noise may turn negative
 
 
@@ -119,7 +120,7 @@ def fitted(times: Sequence[tuple[float, float]]) -> Product:
     """The line through bytes and seconds of which the relative errors are least."""
     nbytes, seconds = np.array(times).T
     (latency, each), *_ = np.linalg.lstsq(np.column_stack([1 / seconds, nbytes / seconds]), np.ones(len(times)))
-    return Product(latency=max(LEAST, float(latency)), rate=round(1 / each))
+    return Product(latency=max(LEAST, round(float(latency), 8)), rate=round(1 / each / RATE_STEP) * RATE_STEP)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _small_model(hardware: HardwareProfile, layers: int) -> SmallModel:
     profile = Profile.parse({"model": NAME, "context_length": 1024, "quantization": QUANTIZATION}, NAME)
     config = {**architecture("mixtral-8x7b"), **SMALL, "vocab_size": 1024, "num_hidden_layers": layers}
     artifact = RandomArtifact(config, profile.quantization, NAME)
-    settings = Settings(profile, routing="uniform", prompt=PROMPT, tokens=128, rows=(), all_hits=True)
+    settings = Settings(profile, routing="uniform", prompt=PROMPT, tokens=96, rows=(), all_hits=True)
     (row,) = run_rows(artifact, hardware, settings)
     assert row.seconds_per_token is not None, "every row has a speed"
     return SmallModel(ModelSizes.of_manifest(artifact.manifest), row.seconds_per_token)
@@ -148,4 +149,4 @@ def layer_seconds(few: SmallModel, many: SmallModel, product: Product, memory: f
     resident = (many.sizes.read_resident - few.sizes.read_resident) / more / (DENSE * memory)
     layer = few.sizes.layers[0]
     products = 2 * product.latency + few.sizes.top_k * layer.mean_nbytes / product.rate
-    return max(LEAST, seconds - resident - products - PER_EXPERT * layer.experts)
+    return max(LEAST, round(seconds - resident - products - PER_EXPERT * layer.experts, 8))

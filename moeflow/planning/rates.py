@@ -16,6 +16,7 @@ from moeflow.schema import BitsAndBytesScheme, DenseScheme, HardwareProfile, Sch
 __all__ = ["Launch", "Rates", "format_of"]
 
 LAYER = 33.8e-6
+WIDE = 1.27  # of a layer of the small models that the probe runs (26.5 us there): what narrow kernels do not show
 OLDER = 1.2  # of a layer before Hopper, whose kernels do not begin while the one before ends: 13 launches, 0.5 us each
 LATENT = 113e-6  # with DeepSeek's latent attention, most of which is transformers' own operations
 PER_EXPERT = 42e-9  # of a layer's router and lookup, for each expert that it has
@@ -92,7 +93,7 @@ class Rates:
         products = dict(PRODUCTS)
         layer = LAYER * (OLDER if gpu and float(gpu.compute_capability) < 9 else 1)
         if gpu and gpu.kernels:
-            layer = gpu.kernels.layer
+            layer = WIDE * gpu.kernels.layer
             products |= {n: Launch(p.latency, p.rate / memory) for n, p in gpu.kernels.products.items()}
         elif gpu:
             assumed.append("kernels, as measured on an H100")

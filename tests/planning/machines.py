@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from moeflow.planning.cost import Running
+from moeflow.planning.rates import WIDE
 from moeflow.planning.sizes import LayerSize, ModelSizes
 from moeflow.schema import Cpu, Disk, Gpu, HardwareProfile, Kernels, Link, LinkPoint, Product
 
 __all__ = ["KERNELS", "MACHINE", "PLAIN", "RUNNING", "SIZES", "machine"]
 
 MB, GB = 10**6, 10**9
-KERNELS = Kernels(layer=20e-6, products={"4-bit": Product(latency=2e-6, rate=500 * GB)})
+KERNELS = Kernels(layer=20e-6 / WIDE, products={"4-bit": Product(latency=2e-6, rate=500 * GB)})
 
 
 def machine(**parts: Any) -> HardwareProfile:

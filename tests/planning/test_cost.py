@@ -143,7 +143,7 @@ def test_a_cpu_computes_by_weights_and_cores() -> None:
 def test_a_host_that_drives_a_gpu_takes_its_own_time_and_unpacks() -> None:
     found = predicted(replace(PLAIN, execution="host"), hits=HALF)
     assert found.decode.launches == close(2 * 2.0e-3)
-    assert found.decode.experts == close(2 * (6 * MB + 4 * 6e6) / (1000 * GB))
+    assert found.decode.experts == close(2 * (6 * MB + 57 * 6e6) / (1000 * GB))
     assert found.assumed == ("the host's work for a layer, as measured on an H200",)
     assert found.low == close(0.75 * found.tokens_per_second)
 

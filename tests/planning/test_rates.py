@@ -71,7 +71,7 @@ def test_a_format_that_nobody_measured_counts_as_four_bits() -> None:
 def test_kernels_of_the_profile_stand_for_those_of_an_h100() -> None:
     found = rates_of(MACHINE)
     assert found.assumed == ()
-    assert found.layer == KERNELS.layer
+    assert found.layer == rates.WIDE * KERNELS.layer
     assert found.products["4-bit"] == Launch(2e-6, 0.5)
     assert found.product("4-bit", 5e6) == pytest.approx(12e-6)
     assert found.products["2-bit"] == rates.PRODUCTS["2-bit"], "not measured there"
