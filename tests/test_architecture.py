@@ -41,6 +41,7 @@ TORCH_FREE = [
     "moeflow.probe.rates", "moeflow.probe.estimate", "moeflow.cli_probe", "moeflow.console_hardware",
     "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.planning.simulator", "moeflow.planning.shape",
     "moeflow.reporting.simulation", "moeflow.reporting.curves", "moeflow.artifact.shapes",
+    "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
