@@ -45,6 +45,7 @@ def autotune(
     The model's config is enough: nothing is downloaded but a few KB. The reason of each choice stands in the profile.
     """
     from moeflow import pipeline
+    from moeflow.artifact.architectures import ARCHITECTURES
     from moeflow.console import say
     from moeflow.console_hardware import show_hardware
     from moeflow.files import write_text
@@ -59,7 +60,9 @@ def autotune(
         return typer.echo(json.dumps(_document(chosen, found, why)))
     show_hardware(machine)
     _show(chosen, found)
-    say(f"wrote {output}, with the reason of each choice; next: moeflow pack {output}")
+    bare = model in ARCHITECTURES or Path(model).is_file()
+    first = "set its model to a hub id or a directory with weights, then " if bare else ""
+    say(f"wrote {output}, with the reason of each choice; next: {first}moeflow pack {output}")
     return None
 
 

@@ -235,8 +235,9 @@ def test_a_config_that_lacks_a_field_is_located(moe: Run, tmp_path: Path, withou
 
 def test_autotune_from_a_config_writes_what_plans_the_same(moe: Run, tmp_path: Path) -> None:
     profile = tmp_path / "tuned" / "profile.yaml"
-    code, out, _ = moe("autotune", "mixtral-8x7b", "-o", profile, "--hardware", "rtx-3060")
+    code, out, err = moe("autotune", "mixtral-8x7b", "-o", profile, "--hardware", "rtx-3060")
     assert code == 0 and "→" in out
+    assert "set its model to a hub id" in " ".join(err.split()), "a name of shapes alone has no weights"
     code, out, _ = moe("pack", profile, "--dry-run", "--json", "-o", tmp_path / "artifact")
     assert code == 0
     assert json.loads(out)["plan"] == _planned(moe, *MIXTRAL, "--hardware", "rtx-3060")["plan"]
