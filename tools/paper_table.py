@@ -51,8 +51,8 @@ TAIL = """## Assumptions
   17.0 GB a token at 0.919 tokens/s: 15.6 GB/s, close to the peak of PCIe 3.0 x16, where 12 are assumed here.
 - Kernels are taken to be as on the H100 on which they were measured: the same share of the device memory's rate and
   the same latency of a launch. No kernel of moeflow was run on these GPUs.
-- Of guesses, {recall:.0%} are taken to be right. Routes are taken to repeat as the Mixtral report says that the model's do;
-  the table has the hit rate that this gives.
+- Of guesses, {recall:.0%} are taken to be right. Routes are taken to repeat as the Mixtral report says that the
+  model's do; the table has the hit rate that this gives.
 - "2 bits" are the paper's: group 16 with 8-bit metadata, 3 bits a weight as stored. "3 bits" are group 64 with 16-bit
   metadata, the nearest that moeflow has to the paper's group 64 with scales that are quantized again: a little
   larger.

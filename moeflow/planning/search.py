@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from moeflow.artifact.checkpoint import Checkpoint
-from moeflow.errors import CapacityError, MoeflowError, UsageError
+from moeflow.errors import CapacityError, DocumentError, MoeflowError, UsageError
 from moeflow.planning.least import least, refusals
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import ModelSizes
@@ -74,7 +74,7 @@ class Candidate:
 
 
 def candidates(checkpoint: Checkpoint, base: Profile, hardware: HardwareProfile, min_bits: int = 2) -> list[Candidate]:
-    """All choices for `base`, best quality first.
+    """All choices for `base`, best quality first; those whose groups do not fit the model's dimensions are left out.
 
     Args:
         checkpoint: names and shapes are enough.
@@ -84,6 +84,7 @@ def candidates(checkpoint: Checkpoint, base: Profile, hardware: HardwareProfile,
 
     Raises:
         UsageError: no choice has as many bits.
+        DocumentError: none fits the model's dimensions.
     """
     allowed = [experts for experts in EXPERTS if experts.bits >= min_bits]
     if not allowed:
@@ -91,10 +92,15 @@ def candidates(checkpoint: Checkpoint, base: Profile, hardware: HardwareProfile,
         raise UsageError(f"no choice has {min_bits} bits or more; experts may have {known}")
     most = max(ENOUGH, min(experts.bits for experts in allowed))
     wanted = [experts for experts in allowed if experts.bits <= most]
-    return [
-        _candidate(checkpoint, base, hardware, Quantization(experts=experts, attention=attention))
-        for experts, attention in product(wanted, ATTENTION)
-    ]
+    found, unfit = [], None
+    for experts, attention in product(wanted, ATTENTION):
+        try:
+            found.append(_candidate(checkpoint, base, hardware, Quantization(experts=experts, attention=attention)))
+        except DocumentError as error:
+            unfit = error
+    if unfit and not found:
+        raise unfit
+    return found
 
 
 def _candidate(

@@ -109,6 +109,15 @@ def test_more_bits_than_there_are_are_refused() -> None:
         candidates(OLMOE, _base(), find_hardware("rtx-3060"), 9)
 
 
+def test_choices_whose_groups_do_not_fit_are_left_out() -> None:
+    narrow = config_checkpoint(architecture("olmoe-1b-7b") | {"intermediate_size": 1040}, "narrow")  # 65 groups of 16
+    assert _bits(candidates(narrow, _base(), find_hardware("rtx-3060"))) == [
+        ("2-bit g16 meta8", attention) for attention in ATTENTION
+    ]
+    with pytest.raises(DocumentError, match="1040 inputs, not a multiple of 64"):
+        candidates(narrow, _base(), find_hardware("rtx-3060"), 3)
+
+
 # -- guesses -----------------------------------------------------------------------------------------------
 
 

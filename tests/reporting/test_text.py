@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sample_benchmark import row, run
 
-from moeflow.reporting.cells import digits, fill, grids, listed, percent
 from moeflow.probe.match import known_hardware
+from moeflow.reporting.cells import digits, fill, grids, listed, percent
 from moeflow.reporting.paper import A100, MEASURED, ROWS, K, paper_speed
 from moeflow.reporting.text import json_line, markdown, table
 from moeflow.schema import Benchmark
