@@ -43,6 +43,7 @@ TORCH_FREE = [
     "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.planning.simulator", "moeflow.planning.shape",
     "moeflow.reporting.simulation", "moeflow.reporting.curves", "moeflow.artifact.shapes",
     "moeflow.planning.explanation", "moeflow.cli_explain", "moeflow.console_explain",
+    "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

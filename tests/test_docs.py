@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,16 @@ def test_cli_page_has_every_command_option_and_sentence() -> None:
         for parameter in command.params:
             for option in getattr(parameter, "opts", []):
                 assert option.lower() in words.lower(), f"{name} {option}: run python tools/cli_docs.py docs/cli.md"
+
+
+def test_predictions_are_the_planners() -> None:
+    made = subprocess.run(
+        [sys.executable, ROOT / "tools/paper_table.py"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    page = (ROOT / "docs/predictions.md").read_text()
+    assert made.stdout == page, "run: python tools/paper_table.py docs/predictions.md"
+    assert page.count("PREDICTED |") == page.count("paper, measured |") == 12
+    assert made.stderr == "", "a row does not fit its machine"
 
 
 def test_cli_page_has_every_exit_code() -> None:

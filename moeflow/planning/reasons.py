@@ -27,7 +27,7 @@ def reasons(
     return {
         "": _summary(plan, hardware),
         "quantization": _bits(chosen, found, min_speed),
-        "cache": _slots(plan),
+        "cache": _slots(chosen, plan, hardware),
         "prefetch": _guesses(chosen, plan),
         "memory": _tiers(plan),
     }
@@ -46,45 +46,55 @@ def _summary(plan: Plan, hardware: HardwareProfile) -> str:
 
 
 def _bits(chosen: Candidate, found: Sequence[Candidate], min_speed: float) -> str:
-    label = _label(chosen)
-    better = found[: found.index(chosen)]
-    if chosen.tokens_per_second >= min_speed:
-        text = f"{label}: the best quality that reaches {min_speed:g} tokens/s"
+    if not _known(chosen):
+        text = f"{chosen.label}: the best quality that fits, since speeds are not known"
+    elif chosen.tokens_per_second >= min_speed:
+        text = f"{chosen.label}: the best quality that reaches {min_speed:g} tokens/s"
     else:
-        text = f"{label}: the fastest that fits; none reaches {min_speed:g} tokens/s"
-    next_best = next((c for c in reversed(better) if _label(c) != label), None)
-    if next_best is None:
+        text = f"{chosen.label}: the fastest that fits, or as good as; none reaches {min_speed:g} tokens/s"
+    better = next((c for c in reversed(found[: found.index(chosen)])), None)
+    if better is None:
         return f"{text}."
-    if next_best.plan is None:
-        return f"{text}. {_label(next_best)} does not fit: {next_best.refusal}."
-    disk = "" if next_best.in_memory else ", with experts on the disk"
-    return f"{text}. {_label(next_best)} would give {three_digits(next_best.tokens_per_second)}{disk}."
+    if better.plan is None:
+        return f"{text}. {better.label} does not fit: {better.refusal}."
+    disk = "" if better.in_memory else ", with experts on the disk"
+    speed = f"{three_digits(better.tokens_per_second)} tokens/s" if _known(better) else "a speed that is not known"
+    return f"{text}. {better.label} would give {speed}{disk}."
 
 
-def _label(candidate: Candidate) -> str:
-    quantization = candidate.profile.quantization
-    return f"{quantization.experts.label} experts with {quantization.attention.label} attention"
+def _known(candidate: Candidate) -> bool:
+    return candidate.plan is not None and candidate.plan.prediction is not None
 
 
-def _slots(plan: Plan) -> str:
+def _slots(chosen: Candidate, plan: Plan, hardware: HardwareProfile) -> str:
     memory, few, most = plan.memory, min(plan.cache_slots), max(plan.cache_slots)
     k = f"{few}" if few == most else f"{few} or {most}"
+    if plan.strategy in ("no-cache", "naive"):
+        return f"Nothing is cached: the strategy is {plan.strategy}."
+    if chosen.profile.cache.experts_per_layer != "auto":
+        return f"k = {k} experts a layer, as asked: {format_size(memory.slots)}."
     fixed = memory.total - memory.slots
-    return (
-        f"auto is k = {k} experts a layer: {format_size(memory.limit)} of device memory, less {format_size(fixed)} for "
-        f"resident weights, KV cache of {plan.context_length} tokens, buffers and workspace, hold "
-        f"{format_size(memory.slots)} of them."
-    )
+    left = f"{format_size(memory.limit)} of device memory, less {format_size(fixed)} for"
+    others = f"resident weights, KV cache of {plan.context_length} tokens, buffers and workspace"
+    held = f"hold {format_size(memory.slots)} of them"
+    if all(k == layer.experts for k, layer in zip(plan.cache_slots, chosen.sizes.layers, strict=True)):
+        held = f"hold all of them, {format_size(memory.slots)}"
+    elif hardware.gpu is None and few == min(layer.experts for layer in chosen.sizes.layers) // 2:
+        return f"auto is k = {k} experts a layer: half of them, since without a GPU slots only stand for one's."
+    return f"auto is k = {k} experts a layer: {left} {others}, {held}."
 
 
 def _guesses(chosen: Candidate, plan: Plan) -> str:
+    verb = "on" if plan.prefetch.depth else "off"
+    if plan.strategy != "full":
+        return f"Guesses are off: the strategy is {plan.strategy}."
+    if not _known(chosen):
+        return f"Guesses are {verb}; what they gain is not known."
     with_, without = chosen.tokens_per_second, chosen.other
     if not plan.prefetch.depth:
         with_, without = without, with_
-    verb = "on" if plan.prefetch.depth else "off"
-    return (
-        f"Guesses are {verb}: {three_digits(with_)} tokens/s with them, {three_digits(without)} without, as predicted."
-    )
+    others = f"{three_digits(with_)} tokens/s with them" if with_ else "they do not fit"
+    return f"Guesses are {verb}: {others}, {three_digits(without)} without, as predicted."
 
 
 def _tiers(plan: Plan) -> str:

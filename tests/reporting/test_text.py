@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from sample_benchmark import row, run
 
+from moeflow.probe.match import known_hardware
 from moeflow.reporting.cells import digits, fill, grids, listed, percent
-from moeflow.reporting.paper import A100, ROWS, paper_speed
+from moeflow.reporting.paper import A100, MEASURED, ROWS, K, paper_speed
 from moeflow.reporting.text import json_line, markdown, table
 from moeflow.schema import Benchmark
 
@@ -123,6 +124,11 @@ def test_the_paper_stands_only_beside_what_it_measured(change: dict[str, Any], e
 
 def test_the_papers_rows_are_the_strategies() -> None:
     assert all(set(found) == set(ROWS) for found in A100.values())
+    for machines in MEASURED.values():
+        assert set(machines) == set(K) <= set(known_hardware())
+        for found in machines.values():
+            assert list(found) == list(ROWS)[: len(found)], "the 3060 has no naive row at 3 bits"
+            assert sorted(found.values(), reverse=True) == list(found.values())
     assert all(sorted(found.values(), reverse=True) == list(found.values()) for found in A100.values())
 
 
