@@ -1,7 +1,7 @@
 """Measures decoding in many configurations, and compares the cost model's predictions with what was measured.
 
     python tools/predictions.py measure sweep.json [SET ...]   # on a CUDA device, about five minutes for all sets
-    python tools/predictions.py compare sweep.json --plot predictions.png
+    python tools/predictions.py compare docs/measured/*.json --plot docs/images/predictions.png
     python tools/predictions.py search found.json              # the planner's choice beside its neighbours
 
 Measuring and comparing are apart, so that a change of the cost model is judged by figures that it did not see. Every
@@ -22,13 +22,13 @@ from pathlib import Path
 from moeflow import pipeline
 from moeflow.artifact.architectures import architecture
 from moeflow.artifact.random_weights import RandomArtifact
-from moeflow.artifact.synthetic import synthetic_checkpoint
+from moeflow.artifact.shapes import config_checkpoint
 from moeflow.bench import Settings, measure_limits, run_rows
-from moeflow.calibration import calibrated
 from moeflow.planning.cost import Running, predict
 from moeflow.planning.hits import Habit, hit_rates_of
 from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.environment import environment
+from moeflow.probe.match import find_hardware
 from moeflow.schema import Benchmark, BenchmarkRow, HardwareProfile, HqqScheme, Prediction, Profile, Quantization
 
 RECALL = 0.9
@@ -124,8 +124,7 @@ def measured(group: Group, hardware: HardwareProfile) -> list[BenchmarkRow]:
 
 
 def measure(path: Path, chosen: list[str]) -> None:
-    hardware, limits = calibrated(pipeline.resolve_hardware("auto")), measure_limits()
-    hardware.save(path.with_suffix(".hardware.yaml"))
+    hardware, limits = pipeline.resolve_hardware("auto"), measure_limits()
     rows: list[BenchmarkRow] = []
     for name in chosen or SETS:
         begin = time.perf_counter()
@@ -176,39 +175,50 @@ def search(path: Path) -> None:
     Benchmark(command=command, date=date, environment=environment(), limits=limits, rows=tuple(rows)).save(path)
 
 
-def compare(path: Path, plot: Path | None) -> None:
-    run = Benchmark.load(path)
-    hardware = HardwareProfile.load(path.with_suffix(".hardware.yaml"))
-    if run.limits.link_peak:  # of the process that measured
+Pair = tuple[BenchmarkRow, Prediction]
+
+
+def pairs_of(run: Benchmark, hardware: HardwareProfile) -> list[Pair]:
+    """Every row with its prediction; the link's rate is that of the process that measured."""
+    if run.limits.link_peak:
         link = hardware.link.model_copy(update={"host_to_device": round(run.limits.link_peak), "pcie": None})
         hardware = hardware.model_copy(update={"link": link})
-    pairs = []
+    found = []
     for row in run.rows:
         quantization = Quantization(experts=_scheme(row.expert_scheme), attention=HqqScheme(bits=4, group_size=64))
-        sizes = ModelSizes.of_checkpoint(synthetic_checkpoint(architecture(row.model), row.model), quantization)
-        pairs.append((row, predicted(row, hardware, sizes)))
-    print(
-        f"{'model':<18}{'experts':<12}{'k':>5}  {'rows':<13}{'routes':<9}{'measured':>9}{'predicted':>10}{'error':>8}"
-    )
-    errors = []
+        sizes = ModelSizes.of_checkpoint(config_checkpoint(architecture(row.model), row.model), quantization)
+        found.append((row, predicted(row, hardware, sizes)))
+    return found
+
+
+def error(pair: Pair) -> float:
+    row, guess = pair
+    assert row.tokens_per_second, "every row has a speed"
+    return guess.tokens_per_second / row.tokens_per_second - 1
+
+
+def compare(paths: list[Path], hardware: HardwareProfile, plot: Path | None) -> None:
+    runs = [Benchmark.load(path) for path in paths]
+    pairs = [pair for run in runs for pair in pairs_of(run, hardware)]
+    words = f"{'measured':>9}{'predicted':>10}{'error':>8}"
+    print(f"{'model':<18}{'experts':<11}{'driven by':<10}{'k':>5}  {'rows':<13}{'routes':<9}{words}")
     for row, guess in pairs:
-        assert row.tokens_per_second
-        errors.append(guess.tokens_per_second / row.tokens_per_second - 1)
-        print(
-            f"{row.model:<18}{row.expert_scheme:<12}{row.k:>5.0f}  {row.strategy:<13}{row.routing:<9}"
-            f"{row.tokens_per_second:>9.4g}{guess.tokens_per_second:>10.4g}{errors[-1]:>+8.1%}"
-        )
-    absolute = sorted(map(abs, errors))
-    print(f"{len(errors)} rows: median error {statistics.median(absolute):.1%}, worst {absolute[-1]:.1%}")
+        found = f"{row.tokens_per_second:>9.4g}{guess.tokens_per_second:>10.4g}{error((row, guess)):>+8.1%}"
+        what = f"{row.execution:<10}{row.k:>5.4g}  {row.strategy:<13}{row.routing:<9}"
+        print(f"{row.model:<18}{row.expert_scheme:<11}{what}{found}")
+    for execution in dict.fromkeys(row.execution for row, _ in pairs):
+        errors = sorted(abs(error(pair)) for pair in pairs if pair[0].execution == execution)
+        print(f"{len(errors)} rows that the {execution} drove: ", end="")
+        print(f"median error {statistics.median(errors):.1%}, worst {errors[-1]:.1%}")
     if plot:
-        draw(pairs, run, plot)
+        draw(pairs, runs[0], plot)
 
 
 def _scheme(label: str) -> HqqScheme:
     return HqqScheme(bits=int(label[0]), group_size=int(label.split("g")[1].split()[0]))
 
 
-def draw(pairs: list[tuple[BenchmarkRow, Prediction]], run: Benchmark, path: Path) -> None:
+def draw(pairs: list[Pair], run: Benchmark, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,7 +226,7 @@ def draw(pairs: list[tuple[BenchmarkRow, Prediction]], run: Benchmark, path: Pat
 
     figure, panel = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for model, color in zip(
-        dict.fromkeys(row.model for row, _ in pairs), ("#1f5f99", "#c8553d", "#588157"), strict=False
+        dict.fromkeys(row.model for row, _ in pairs), ("#1f5f99", "#c8553d", "#588157", "#8a5a9e"), strict=False
     ):
         for strategy, marker in (("full", "o"), ("no-prefetch", "^")):
             shown = [(r, g) for r, g in pairs if r.model == model and r.strategy == strategy]
@@ -225,7 +235,7 @@ def draw(pairs: list[tuple[BenchmarkRow, Prediction]], run: Benchmark, path: Pat
             panel.scatter(
                 across, [g.tokens_per_second for _, g in shown], color=color, marker=marker, label=label, s=28
             )
-    ends = (8, 500)
+    ends = (2.5, 1500)
     panel.plot(ends, ends, color="#64707d", linewidth=0.8)
     panel.fill_between(ends, [0.8 * e for e in ends], [1.2 * e for e in ends], color="#64707d", alpha=0.12, label="20%")
     panel.set(
@@ -246,7 +256,8 @@ def main() -> None:
     searching = actions.add_parser("search")
     searching.add_argument("path", type=Path)
     comparing = actions.add_parser("compare")
-    comparing.add_argument("path", type=Path)
+    comparing.add_argument("paths", type=Path, nargs="+")
+    comparing.add_argument("--hardware", default="h100-80gb", help="the machine's name in hardware/, or a path")
     comparing.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.action == "measure":
@@ -254,7 +265,7 @@ def main() -> None:
     elif arguments.action == "search":
         search(arguments.path)
     else:
-        compare(arguments.path, arguments.plot)
+        compare(arguments.paths, find_hardware(arguments.hardware), arguments.plot)
 
 
 if __name__ == "__main__":
