@@ -19,7 +19,6 @@ from moeflow.planning.rates import (
     DRIVEN_UNPACK,
     HOST_LAYER,
     HOST_WEIGHTS,
-    LATENT,
     PER_EXPERT,
     Rates,
 )
@@ -100,9 +99,7 @@ def predict(
     if not given:  # routes without habits, and guesses that bring nothing
         worst = _token(sizes, rates, hardware, running, _assumed(sizes, running, "uniform"), 0.5)
         least = dense + worst.experts + worst.launches + worst.misses + worst.disk
-    assumed = list(rates.assumed)
-    if hardware.gpu and running.execution == "host":
-        assumed.append("the host's work for a layer, as measured on an H200")
+    assumed = _unmeasured(sizes, hardware, rates, running)
     margin = UNMEASURED if assumed else MARGIN
     return Prediction(
         tokens_per_second=_digits(1 / decode.total),
@@ -118,6 +115,22 @@ def predict(
         prefill=_prefill(sizes, rates, hardware, running).rounded(),
         assumed=(*assumed, *(() if given else ("routes repeat as Mixtral's do",))),
     )
+
+
+def _unmeasured(sizes: ModelSizes, hardware: HardwareProfile, rates: Rates, running: Running) -> list[str]:
+    """What the prediction takes from other machines."""
+    found = list(rates.assumed)
+    gpu = hardware.gpu
+    if gpu is None:
+        return found
+    if running.execution == "host":
+        return [*found, "the host's work for a layer, as measured on an H100 and an H200"]
+    formats = {layer.format for layer in sizes.layers}
+    if gpu.kernels and (missing := sorted(formats - gpu.kernels.products.keys())):
+        found.append(f"products with {', '.join(missing)} weights, as measured on an H100")
+    if sizes.latent:
+        found.append("latent attention's share of a layer, as measured on an H100")
+    return found
 
 
 def _assumed(sizes: ModelSizes, running: Running, habit: Habit) -> list[float]:
@@ -140,7 +153,9 @@ def _token(
         else:
             guesses = running.guessed if running.strategy == "full" and number else 0
             compute = first + second + fixed + dense
-            _missed(total, sizes.top_k, layer, rates, hit, (first, compute), (guesses, recall))
+            driven = running.execution == "host"
+            behind = first + second if driven else first
+            _missed(total, sizes.top_k, layer, rates, hit, (behind, compute), (guesses, recall), driven)
         copied = layer.experts if running.strategy == "naive" else sizes.top_k * (1 - hit)
         share = 1 - layer.of_first(running.ram_experts[number]) / layer.nbytes
         total.disk += copied * layer.mean_nbytes * share / rates.disk if share and rates.disk else 0.0
@@ -162,7 +177,7 @@ def _computing(
     return (
         first,
         rates.product(layer.format, nbytes / 3),
-        (LATENT if sizes.latent else rates.layer) + (PER_EXPERT * layer.experts),
+        (rates.latent if sizes.latent else rates.layer) + PER_EXPERT * layer.experts,
     )
 
 
@@ -174,18 +189,24 @@ def _missed(
     hit: float,
     computing: tuple[float, float],
     guessing: tuple[int, float],
+    driven: bool,
 ) -> None:
-    """Add a layer's misses, less what its first product hides, and the guesses that came before them."""
+    """Add a layer's misses, less what computing hides, and the guesses that came before them.
+
+    `computing` is what copies may hide behind, and all of the layer's. On the device that is the first product, behind
+    the copies of down; the host computes the experts that are there while all others travel.
+    """
     blob = layer.mean_nbytes
-    (first, compute), (guessed, recall) = computing, guessing
+    (behind, compute), (guessed, recall) = computing, guessing
+    hideable = 1.0 if driven else 1 / 3
     needed = exposed = copying = 0.0
     for count, probability in _binomial(top_k, 1 - hit):
         nbytes = count * blob
         needed += probability * nbytes
         seconds = rates.copies(nbytes, blob)
         copying += probability * seconds
-        exposed += probability * (seconds - min(seconds / 3, first if count else 0.0))
-    window = max(0.0, compute - HIDING - (1 - hit**top_k) * first) * rates.kernel_link
+        exposed += probability * (seconds - min(hideable * seconds, behind))
+    window = max(0.0, compute - HIDING - (1 - hit**top_k) * behind) * rates.kernel_link
     brought = sum(p * min(n * blob, window) for n, p in _binomial(guessed, 1 - hit)) if guessed else 0.0
     used = min(recall * brought, needed)
     share = used / needed if needed else 0.0

@@ -187,7 +187,7 @@ def _prefetch(profile: Profile, sizes: ModelSizes) -> PlannedPrefetch:
     most = min(layer.experts for layer in sizes.layers)
     if experts > most:
         raise DocumentError(f"prefetch.experts is {experts}; the model has {most} experts per layer")
-    return PlannedPrefetch(predictor=asked.predictor, depth=depth, experts=experts)
+    return PlannedPrefetch(predictor=asked.predictor, depth=depth, experts=experts if depth else 0)
 
 
 def _device_limit(profile: Profile, hardware: HardwareProfile) -> int:

@@ -76,6 +76,8 @@ class Rates:
     disk: float | None
     cores: int
     layer: float
+    latent: float
+    """Of a layer with latent attention: as much longer as on the H100."""
     products: Mapping[str, Launch]
     assumed: tuple[str, ...] = ()
     """What nobody measured on this machine."""
@@ -107,6 +109,7 @@ class Rates:
             disk=float(hardware.disk.read) if hardware.disk else None,
             cores=hardware.cpu.cores,
             layer=layer,
+            latent=LATENT * layer / LAYER,
             products=products,
             assumed=tuple(assumed),
         )
