@@ -90,7 +90,9 @@ def predict(
     if rates is None or (on_disk and rates.disk is None):
         return None
     given = hits is not None
-    found = _token(sizes, rates, hardware, running, hits or _assumed(sizes, running, "markov"), recall)
+    found = _token(
+        sizes, rates, hardware, running, hits if hits is not None else _assumed(sizes, running, "markov"), recall
+    )
     dense = sizes.read_resident / (DENSE * rates.memory)
     decode = DecodeTime(
         dense=dense, experts=found.experts, launches=found.launches, misses=found.misses, disk=found.disk
