@@ -236,7 +236,7 @@ def verify(artifact: Artifact, as_json: Json = False) -> None:
 def quickstart(
     prompt: Prompt = "In the beginning",
     max_new_tokens: MaxNew = 120,
-    seed: Seed = 1,
+    seed: Seed = 2,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the artifact.")] = Path(
         "artifacts/quickstart"
     ),
@@ -257,8 +257,9 @@ def quickstart(
         chosen, found = pipeline.autotune("demo", machine, base)
         show_candidates(chosen, found)
         say("quantizing and packing")
+        shown = chosen.profile.model_copy(update={"prefetch": base.prefetch})  # guesses too, whatever they bring here
         with progress_bar() as progress:
-            pipeline.pack(chosen.profile, output, hardware=machine, progress=progress)
+            pipeline.pack(shown, output, hardware=machine, progress=progress)
     say(f"loading {output}")
     engine = _load(output)
     show_plan(engine.plan)
