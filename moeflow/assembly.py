@@ -18,6 +18,7 @@ from moeflow.kernels.launcher import Launcher, cuda_launcher
 from moeflow.model.build import build_model
 from moeflow.model.execution import DeviceExecution, Execution, HostExecution
 from moeflow.model.memory import release_memory
+from moeflow.model.recorder import RouteRecorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.copy_engine import copy_engine_mover
 from moeflow.offload.device import MakeMover
@@ -42,6 +43,7 @@ class Parts:
     routes: ForcedRoutes | None
     mover: MakeMover | bool
     """True: the copy engine's; False: kernels copy all."""
+    recorder: RouteRecorder | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _device_execution(parts: Parts) -> DeviceExecution:
 
 def _bound(parts: Parts, execution: Execution) -> Any:
     routes = parts.routes
-    execution.runner.routes = routes
+    execution.runner.routes, execution.runner.recorder = routes, parts.recorder
     model = build_model(parts.artifact, parts.plan, execution.runner, parts.device)
     if routes is not None and routes.guesses and execution.runner.predictor is not None:
         execution.runner.predictor = routes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,10 +17,12 @@ import typer
 from moeflow.cli_bench import bench
 from moeflow.cli_explain import explain
 from moeflow.cli_hardware import hardware as hardware_commands
+from moeflow.cli_load import load
 from moeflow.cli_pack import pack
 from moeflow.cli_plan import autotune, plan
 from moeflow.cli_probe import probe
 from moeflow.cli_simulate import simulate
+from moeflow.cli_trace import trace as trace_command
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ app = typer.Typer(
 
 app.command()(bench)
 app.command()(simulate)
+app.command("trace")(trace_command)
 app.command()(explain)
 app.add_typer(hardware_commands, name="hardware")
 _debug = False
@@ -98,11 +102,22 @@ def generate(
     k: Slots = None,
     policy: Policy = None,
     hardware: Hardware = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write which experts each token uses to this file (.npz): expert ids, no text."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt. Text streams to stdout, statistics follow on stderr."""
+    from moeflow.recording import check_writable, recording
+
+    if trace is not None:
+        check_writable(trace)
     changes = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
-    with _load(artifact, **changes) as engine:
+    with (
+        load(artifact, record_routes=trace is not None, **changes) as engine,
+        recording(engine, trace) if trace is not None else nullcontext(),
+    ):
         _answer(
             engine,
             prompt,
@@ -113,18 +128,6 @@ def generate(
             top_p=top_p,
             seed=seed,
         )
-
-
-def _load(artifact: Path, **changes: Any) -> Engine:
-    """The engine, with a progress bar, and a word where it will be slower than planned."""
-    from moeflow import pipeline
-    from moeflow.console import progress_bar, say
-
-    with progress_bar() as progress:
-        engine = pipeline.load(artifact, progress=progress, **changes)
-    if engine.note:
-        say(engine.note)
-    return engine
 
 
 def _answer(engine: Engine, prompt: str | list[int], as_json: bool, **settings: Any) -> str:
@@ -163,7 +166,7 @@ def chat(
     from moeflow.console import say
 
     changes = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
-    with _load(artifact, **changes) as engine:
+    with load(artifact, **changes) as engine:
         messages: list[dict[str, str]] = []
         session = engine.session()
         say("an empty line ends the conversation")
@@ -261,7 +264,7 @@ def quickstart(
         with progress_bar() as progress:
             pipeline.pack(shown, output, hardware=machine, progress=progress)
     say(f"loading {output}")
-    engine = _load(output)
+    engine = load(output)
     show_plan(engine.plan)
     say(f'"{prompt}" goes on:')
     with engine:

@@ -46,6 +46,9 @@ def simulate(
         int | None, typer.Option("--tokens", "-n", min=1, help=f"Default: {TOKENS}, or the whole trace.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of synthetic routes and of guesses.")] = 0,
+    skip_prompt: Annotated[
+        bool, typer.Option("--skip-prompt", help="Leave out the prompt that a trace begins with.")
+    ] = False,
     k: Annotated[
         list[int] | None,
         typer.Option("--experts-per-layer", "-k", min=0, help="Slots per layer, repeatable; default: a range."),
@@ -71,7 +74,7 @@ def simulate(
 
     if plot is not None:
         picture.check(plot)
-    source = _source(trace, model, (layers, experts, top_k), routing, tokens, seed)
+    source = _source(trace, model, (layers, experts, top_k), routing, tokens, seed, skip_prompt)
     guessing = _guessing(source.routes, predictor, recall, guesses, depth, staging)
     found = _run(source, k, _policies(policy or ["lru"]), guessing, seed)
     typer.echo(simulation.json_line(found) if as_json else simulation.table(found, by_layer), nl=as_json)
@@ -128,10 +131,10 @@ def _source(
     routing: Literal["uniform", "markov"] | None,
     tokens: int | None,
     seed: int,
+    skip_prompt: bool,
 ) -> _Source:
     """Routes of a file, of a model's shape, or of a shape given by hand: exactly one of them."""
     from moeflow.offload.routing import markov, uniform
-    from moeflow.offload.trace import load_trace
     from moeflow.planning.shape import Shape, shape_of
 
     if (trace is not None) + (model is not None) + (given != (None, None, None)) != 1:
@@ -139,10 +142,9 @@ def _source(
     if trace is not None:
         if routing is not None:
             raise UsageError(f"--routing is of synthetic routes; those of {trace} are recorded")
-        recorded = load_trace(trace)
-        if tokens is not None and tokens > len(recorded.routes):
-            raise UsageError(f"--tokens is {tokens}; {trace} has {len(recorded.routes)}")
-        return _Source(recorded.routes[:tokens], recorded.experts, recorded.model, "recorded")
+        return _recorded(trace, tokens, skip_prompt)
+    if skip_prompt:
+        raise UsageError("--skip-prompt is of a recorded trace; synthetic routes have no prompt")
     if model is not None:
         shape = shape_of(model)
     else:
@@ -154,6 +156,22 @@ def _source(
     make = {"uniform": uniform, "markov": markov}[kind]
     routes = make(shape.layers, shape.experts, shape.top_k, tokens or TOKENS, seed)
     return _Source(routes, shape.experts, shape.model, kind)
+
+
+def _recorded(trace: Path, tokens: int | None, skip_prompt: bool) -> _Source:
+    """A trace's first `tokens`, or its first after the prompt."""
+    from moeflow.offload.trace import load_trace
+
+    recorded = load_trace(trace)
+    if skip_prompt and not recorded.prompt:
+        raise UsageError(f"{trace}: does not say where a prompt ends; leave out --skip-prompt")
+    routes = recorded.routes[recorded.prompt if skip_prompt else 0 :]
+    if not len(routes):
+        raise UsageError(f"{trace}: all of its tokens are the prompt's; leave out --skip-prompt, or record an answer")
+    if tokens is not None and tokens > len(routes):
+        left = " after the prompt" if skip_prompt else ""
+        raise UsageError(f"--tokens is {tokens}; {trace} has {len(routes)}{left}")
+    return _Source(routes[:tokens], recorded.experts, recorded.model, "recorded")
 
 
 def _guessing(

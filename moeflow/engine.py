@@ -24,6 +24,7 @@ from moeflow.kernels.launcher import Launcher
 from moeflow.model.execution import DeviceExecution
 from moeflow.model.kv import KvCache
 from moeflow.model.memory import device_of, refusal, release_memory
+from moeflow.model.recorder import RouteRecorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.device import MakeMover
 from moeflow.offload.link import make_link
@@ -55,10 +56,11 @@ class Engine:
         routes: Callable[[torch.device], ForcedRoutes] | None = None,
         store: HostStore | None = None,
         mover: MakeMover | bool = True,
+        record_routes: bool = False,
     ):
-        """For benchmarks and tests: `launcher` runs kernels in place of CUDA; `routes` replaces the router's choice;
-        `store` holds the blobs already, and stays open; `mover` has copies brought by others than kernels, True by
-        the copy engine."""
+        """`record_routes` is for `moeflow.recording`. For benchmarks and tests: `launcher` runs kernels in place of
+        CUDA; `routes` replaces the router's choice; `store` holds the blobs already, and stays open; `mover` has
+        copies brought by others than kernels, True by the copy engine."""
         self.artifact = artifact
         self.plan = plan
         self.fallback: str | None = None
@@ -75,7 +77,9 @@ class Engine:
         self._store = store or HostStore(artifact, plan.ram_experts, pin=plan.device == "cuda", progress=progress)
         self._link = make_link(self._store, self.device)
         forced = routes(self.device) if routes else None
-        parts = Parts(artifact, plan, self._store, self._link, self.device, launcher, forced, mover)
+        shape = len(artifact.manifest.layers), artifact.manifest.model.top_k
+        self.recorder = RouteRecorder(*shape, self.device) if record_routes else None
+        parts = Parts(artifact, plan, self._store, self._link, self.device, launcher, forced, mover, self.recorder)
         try:
             made = assemble(parts)
             self._execution, self._model, self.fallback = made.execution, made.model, made.fallback

@@ -186,7 +186,7 @@ def _profile_of(artifact: Artifact) -> Profile:
     return Profile(model=artifact.manifest.model.source, quantization=artifact.manifest.quantization)
 
 
-def load(artifact: str | Path, *, progress: Progress = silent, **overrides: Any) -> Engine:
+def load(artifact: str | Path, *, progress: Progress = silent, record_routes: bool = False, **overrides: Any) -> Engine:
     """Load a packed model.
 
     Without overrides the artifact's own plan is followed; where it has none, or was planned for a probed machine
@@ -195,6 +195,7 @@ def load(artifact: str | Path, *, progress: Progress = silent, **overrides: Any)
     Args:
         artifact: directory that `pack` returned.
         progress: told of bytes as they are loaded.
+        record_routes: let `moeflow.recording` write which experts tokens use.
         **overrides: of the profile: hardware, experts_per_layer, policy, predictor, prefetch_depth,
             prefetch_experts, vram, ram, disk, context_length, dtype, strategy.
     """
@@ -203,7 +204,7 @@ def load(artifact: str | Path, *, progress: Progress = silent, **overrides: Any)
 
     from moeflow.engine import Engine
 
-    return Engine(opened, plan, progress)
+    return Engine(opened, plan, progress, record_routes=record_routes)
 
 
 def _plan_for(artifact: Artifact, overrides: Mapping[str, Any]) -> Plan:

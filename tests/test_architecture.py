@@ -24,12 +24,12 @@ LAYERS = [
     {"assembly", "decoding"},
     {"generation", "text"},
     {"engine"},
-    {"bench", "pipeline"},
+    {"bench", "pipeline", "recording"},
     {"calibration"},
     {"reporting"},
     {"console"},
-    {"console_explain", "console_hardware"},
-    {"cli_bench", "cli_explain", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
+    {"cli_load", "console_explain", "console_hardware"},
+    {"cli_bench", "cli_explain", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate", "cli_trace"},
     {"cli"},
     {"__main__"},
 ]
@@ -43,7 +43,7 @@ TORCH_FREE = [
     "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.planning.simulator", "moeflow.planning.shape",
     "moeflow.reporting.simulation", "moeflow.reporting.curves", "moeflow.artifact.shapes",
     "moeflow.planning.explanation", "moeflow.cli_explain", "moeflow.console_explain",
-    "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan",
+    "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan", "moeflow.cli_trace", "moeflow.recording",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

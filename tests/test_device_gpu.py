@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import checkpoint_model, decided_ids, dequantized_model, logits_of
+from test_recording import routes_of
 from tiny_families import LONGROPE
 
 import moeflow
@@ -18,9 +19,11 @@ from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.engine import Engine
 from moeflow.errors import DeviceError
 from moeflow.offload.copy_engine import CopyEngine
+from moeflow.offload.trace import load_trace
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.machine import probe
+from moeflow.recording import recording
 from moeflow.schema import HardwareProfile, Profile
 
 pytestmark = pytest.mark.gpu
@@ -139,6 +142,26 @@ def test_a_few_tokens_at_once_are_graphs_and_as_one_by_one(
             assert not steps.kept and steps._steps[chunk]._graph is not None
         assert torch.equal(engine.logits(ids, chunk=1), expected)
         assert engine.traffic.streamed_bytes == 0
+
+
+def test_captured_steps_record_routes(tiny_checkpoint: Path, packed: Callable[..., Path], tmp_path: Path) -> None:
+    """Graphs of one and of three tokens, one of them made amid the recording, and a device that runs ahead."""
+    artifact = packed(tiny_checkpoint, {"backend": "none"})
+    model = checkpoint_model(tiny_checkpoint)
+    ids = decided_ids(model, 24)
+    expected = routes_of(model, ids)
+    with load(artifact, experts_per_layer=3, record_routes=True) as engine:
+        for chunk in (1, 3, 3, 512):
+            with recording(engine, tmp_path / "a.npz"):
+                engine.logits(ids, chunk=chunk)
+            assert (load_trace(tmp_path / "a.npz").routes == expected).all(), chunk
+        plain = engine.generate(ids, max_new_tokens=16, temperature=0).ids
+        with recording(engine, tmp_path / "b.npz"):
+            assert engine.generate(ids, max_new_tokens=16, temperature=0).ids == plain
+        trace = load_trace(tmp_path / "b.npz")
+        assert trace.prompt == len(ids) and (trace.routes[: len(ids)] == expected).all()
+        again = routes_of(model, [*ids, *plain])[: len(trace.routes)]
+        assert (trace.routes == again).all(axis=(1, 2)).mean() > 0.9  # nobody chose the answer's tokens
 
 
 def test_the_copy_engine_copies_in_order_and_announces() -> None:

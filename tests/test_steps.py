@@ -14,7 +14,9 @@ from test_device_engine import assert_near, random_ids
 from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
 from moeflow.model.step import DecodeStep
+from moeflow.offload.trace import load_trace
 from moeflow.pipeline import _plan_for
+from moeflow.recording import recording
 
 emulator = pytest.importorskip("emulator.launcher")
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="no g++")
@@ -22,11 +24,11 @@ pytestmark = pytest.mark.skipif(not emulator.available(), reason="no g++")
 EXPERTS, GUESSES = 8, 2
 
 
-def load(artifact: Path, landing: int = EXPERTS, **overrides: object) -> Engine:
+def load(artifact: Path, landing: int = EXPERTS, record_routes: bool = False, **overrides: object) -> Engine:
     opened = Artifact.open(artifact)
     plan = _plan_for(opened, {"execution": "device", "context_length": 128, "experts_per_layer": 3, **overrides})
     plan = plan.model_copy(update={"staging_slots": landing + GUESSES})
-    engine = Engine(opened, plan, launcher=emulator.EmulatedLauncher("random"))
+    engine = Engine(opened, plan, launcher=emulator.EmulatedLauncher("random"), record_routes=record_routes)
     assert engine.execution == "device-driven", engine.fallback
     engine.logits([1])  # allocates the KV cache, as the capture of one token does; a first pass is computed otherwise
     return engine
@@ -107,6 +109,24 @@ def test_graphs_are_made_once_and_change_nothing(tiny_artifact: Path, monkeypatc
             found.append((torch.cat(rows), engine.traffic.uses))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]  # passes beside the sequence are not counted
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_passes_beside_the_sequence_are_not_recorded(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: bool
+) -> None:
+    """A graph that is made, or turns out wrong, in the middle of a recording."""
+    ids, found = random_ids(18), []
+    for captures in (False, True):
+        with load(tiny_artifact, record_routes=True) as engine:
+            recorded = capturing(engine, monkeypatch, stuck) if captures else []
+            with recording(engine, tmp_path / "a.npz"):
+                cache = engine.new_cache()
+                for at in range(0, 18, 3):
+                    engine.forward(ids[at : at + 3], cache)
+            assert recorded == [3] * captures and bool(engine._execution.steps.kept) == (captures and stuck)
+            found.append(load_trace(tmp_path / "a.npz").routes)
+    assert found[0].shape[0] == 18 and (found[0] == found[1]).all()
 
 
 def test_a_conversation_with_graphs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

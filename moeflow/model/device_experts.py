@@ -21,6 +21,7 @@ from moeflow.kernels.launcher import Launcher
 from moeflow.model.deferred import Deferred
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.inputs import Inputs
+from moeflow.model.recorder import RouteRecorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.device import DeviceCache
 from moeflow.offload.lanes import Lanes, Mark
@@ -71,6 +72,7 @@ class DeviceRunner:
         self._shown: Tensor | None = None  # what the side stream reads: its memory may not be given away before
         self.predictor: NextGate | ForcedRoutes | None = None
         self.routes: ForcedRoutes | None = None
+        self.recorder: RouteRecorder | None = None
         self.inputs = Inputs()
         """What packed products share; the model's."""
         self.deferring: Callable[[], bool] = bool
@@ -90,6 +92,8 @@ class DeviceRunner:
         tokens = hidden_states.shape[0]
         if self.routes is not None:
             top_k_index = self.routes.chosen(layer, top_k_index)
+        if self.recorder is not None:
+            self.recorder.note(layer, top_k_index, weights)
         if self._streams(tokens, top_k_index.numel()):
             return self._many.run(layer, module, hidden_states, top_k_index, weights)
         cache, lanes = self.cache, self.lanes

@@ -43,7 +43,7 @@ class Execution(Protocol):
     """How passes are carried out."""
 
     runner: Any
-    """Computes a layer's experts; has `predictor` and `reset`."""
+    """Computes a layer's experts; has `predictor`, `recorder` and `reset`."""
 
     @property
     def traffic(self) -> Traffic:
@@ -92,6 +92,8 @@ class HostExecution:
         for piece in inputs.split(1, dim=1) if self._stepwise and kv.length else [inputs]:
             output = self._model(input_ids=piece, use_cache=True, logits_to_keep=last, **{self._cache_name: kv.cache})
             kv.length += piece.shape[1]
+            if self.runner.recorder is not None:
+                self.runner.recorder.end(piece.shape[1])
             rows.append(output.logits[0])
         return rows[0] if len(rows) == 1 else torch.cat(rows)[-last:]
 
@@ -179,8 +181,9 @@ class DeviceExecution:
         runner, uncounted = self.runner, self._cache.uncounted
         active = self.fused.active
         self.steps = Steps(
-            model, self._kv, self._device, active, most, self._begin, uncounted, runner.reset, self._announce
-        )
+            model, self._kv, self._device, active, most, self._begin, uncounted, runner.reset, self._announce,
+            self._counted,
+        )  # fmt: skip
         layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
         self.steps.single.learn(lambda: [merge(family, layers) for family in inputs.families()])
         self.steps.capture()
@@ -200,6 +203,11 @@ class DeviceExecution:
         """A step begins, as a graph or operation by operation."""
         if self._cache.mover:
             self._cache.mover.begin(hand_over=replayed or self._device.type != "cuda")
+
+    def _counted(self, tokens: int) -> None:
+        """A pass of so many tokens was computed, and is part of a text."""
+        if self.runner.recorder is not None:
+            self.runner.recorder.end(tokens)
 
     def new_kv(self) -> KvCache:
         """An empty KV cache: the engine's one, taken from whoever had it."""
@@ -229,5 +237,6 @@ class DeviceExecution:
             named = {cache_argument(self._model): kv.cache}
             output = self._model(input_ids=inputs, position_ids=positions, use_cache=True, logits_to_keep=last, **named)
             logits = output.logits[0]
+            self._counted(len(ids))
         kv.length += len(ids)
         return logits

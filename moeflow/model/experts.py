@@ -19,6 +19,7 @@ from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.launcher import Launcher
 from moeflow.kernels.publish import Publisher
 from moeflow.kernels.unpack import Unpacker, Workspace
+from moeflow.model.recorder import RouteRecorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache
@@ -66,6 +67,7 @@ class ExpertRunner:
         self._always_stream = always_stream or plan.strategy == "naive"
         self.predictor: NextGate | ForcedRoutes | None = None
         self.routes: ForcedRoutes | None = None
+        self.recorder: RouteRecorder | None = None
 
     def run(self, layer: int, module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
@@ -82,6 +84,8 @@ class ExpertRunner:
         """
         if self.routes is not None:
             top_k_index = self.routes.chosen(layer, top_k_index)
+        if self.recorder is not None:
+            self.recorder.note(layer, top_k_index, weights)
         choices = top_k_index.numel()
         stream = self._stream_for(layer, choices)
         if stream is not None:  # before anything waits for the router: the link is not to wait with it

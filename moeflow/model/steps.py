@@ -32,6 +32,7 @@ class Steps:
         aside: surrounds passes that are not to be counted.
         abandon: puts in order what a capture that failed has left.
         announce: told before every pass that is computed whether it is a replay.
+        counted: told of the tokens of every pass that counts, before another pass is made.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Steps:
         aside: Callable[[], AbstractContextManager[None]],
         abandon: Callable[[], None],
         announce: Callable[[bool], None] = lambda _: None,
+        counted: Callable[[int], None] = lambda _: None,
     ):
         self._make = lambda tokens: DecodeStep(model, cache, device, inside, tokens, begin, announce)
         self._cache = cache
         self._room = cache.layers[0].max_cache_len
         self._captures = device.type == "cuda"
         self._aside, self._abandon = aside, abandon
+        self._counted = counted
         self.most = most
         self.single = self._make(1)
         self._steps: dict[int, DecodeStep] = {1: self.single}
@@ -74,6 +77,7 @@ class Steps:
         if tokens not in self._steps:
             self._steps[tokens] = self._make(tokens)
         logits = self._steps[tokens].run(ids, position)
+        self._counted(tokens)
         # A step that goes on behind this one is needed to see that the graph counts; without room for it, another time.
         if self._captures and tokens not in self._settled and position + 2 * tokens <= self._room:
             logits = self._record(ids, position, logits.clone())

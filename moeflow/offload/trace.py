@@ -2,7 +2,8 @@
 
 A trace is a compressed `.npz` of plain arrays, so that any numpy reads it without moeflow and nothing in it can
 run: `routes` int16 [T, L, K] in the router's order, likeliest first; `experts`, how many a layer has; `model`, for
-people; `format_version`. Knows neither where routes come from nor what they are good for.
+people; `format_version`; and, where the first tokens were a prompt, `prompt`, how many. There is no text in it and no
+token id. Knows neither where routes come from nor what they are good for.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Routes = npt.NDArray[np.int16]
 
 FORMAT_VERSION = 1
 _KEYS = ("routes", "experts", "model", "format_version")
+_PROMPT = "prompt"  # may be missing, and readers that do not know it pass over it
 # What numpy and zipfile make of bytes that are no archive of plain arrays.
 _DAMAGE = (
     ValueError, KeyError, EOFError, OSError, AttributeError, MemoryError, NotImplementedError, RuntimeError,
@@ -43,6 +45,8 @@ class Trace:
     experts: int
     """Per layer."""
     model: str
+    prompt: int = 0
+    """The first so many tokens were given to the model before it wrote the rest; 0 where that is not told."""
 
     def require(self, layers: int, experts: int, top_k: int, place: str) -> None:
         """Check that the trace fits a model.
@@ -66,6 +70,8 @@ def save_trace(path: Path, trace: Trace) -> None:
         StorageError: the file cannot be written.
     """
     _check(trace.routes, trace.experts, str(path))
+    _check_prompt(trace, str(path))
+    told: dict[str, Any] = {_PROMPT: np.int64(trace.prompt)} if trace.prompt else {}
     with atomic_writer(path) as stream:
         np.savez_compressed(
             stream,
@@ -73,6 +79,7 @@ def save_trace(path: Path, trace: Trace) -> None:
             experts=np.int64(trace.experts),
             model=np.str_(trace.model),
             format_version=np.int64(FORMAT_VERSION),
+            **told,
         )
 
 
@@ -87,7 +94,7 @@ def load_trace(path: Path) -> Trace:
         content = path.read_bytes()
     try:
         archive = np.load(io.BytesIO(content), allow_pickle=False)
-        found = {key: archive[key] for key in archive.files if key in _KEYS}
+        found = {key: archive[key] for key in archive.files if key in (*_KEYS, _PROMPT)}
     except _DAMAGE as error:
         wanted = ", ".join(_KEYS)
         raise DocumentError(f"{path}: damaged, or not a trace of routes (.npz of {wanted}); record it again") from error
@@ -100,7 +107,10 @@ def load_trace(path: Path) -> Trace:
         raise DocumentError(f"{path}: format_version is {version}; this moeflow reads trace {FORMAT_VERSION}: {remedy}")
     experts = int(_scalar(found, "experts", "iu", path))
     _check(found["routes"], experts, str(path))
-    return Trace(found["routes"], experts, str(_scalar(found, "model", "U", path)))
+    prompt = int(_scalar(found, _PROMPT, "iu", path)) if _PROMPT in found else 0
+    trace = Trace(found["routes"], experts, str(_scalar(found, "model", "U", path)), prompt)
+    _check_prompt(trace, str(path))
+    return trace
 
 
 def _scalar(found: dict[str, npt.NDArray[Any]], key: str, kinds: str, path: Path) -> Any:
@@ -109,6 +119,11 @@ def _scalar(found: dict[str, npt.NDArray[Any]], key: str, kinds: str, path: Path
         wanted = "text" if kinds == "U" else "a whole number"
         raise DocumentError(f"{path}: {key} is {value.dtype} {list(value.shape)}; {wanted} is expected")
     return value[()]
+
+
+def _check_prompt(trace: Trace, place: str) -> None:
+    if not 0 <= trace.prompt <= len(trace.routes):
+        raise DocumentError(f"{place}: prompt is {trace.prompt}; 0 to {len(trace.routes)}, the tokens, is expected")
 
 
 def _check(routes: npt.NDArray[Any], experts: int, place: str) -> None:
