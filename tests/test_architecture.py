@@ -21,15 +21,15 @@ LAYERS = [
     {"artifact", "probe"},
     {"offload"},
     {"model", "planning"},
-    {"assembly", "decoding"},
+    {"assembly", "decoding", "sensitivity"},
     {"generation", "text"},
     {"engine"},
     {"bench", "pipeline"},
     {"calibration"},
     {"reporting"},
     {"console"},
-    {"console_explain", "console_hardware"},
-    {"cli_bench", "cli_explain", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
+    {"console_allocate", "console_explain", "console_hardware"},
+    {"cli_allocate", "cli_bench", "cli_explain", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
     {"cli"},
     {"__main__"},
 ]
@@ -43,7 +43,8 @@ TORCH_FREE = [
     "moeflow.planning.forecast", "moeflow.artifact.outline", "moeflow.planning.simulator", "moeflow.planning.shape",
     "moeflow.reporting.simulation", "moeflow.reporting.curves", "moeflow.artifact.shapes",
     "moeflow.planning.explanation", "moeflow.cli_explain", "moeflow.console_explain",
-    "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan",
+    "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan", "moeflow.planning.bits",
+    "moeflow.planning.allocation", "moeflow.planning.blobs", "moeflow.cli_allocate", "moeflow.console_allocate",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
