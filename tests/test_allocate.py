@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from moeflow.artifact.layout import packed_matrix
 from moeflow.artifact.matrix import dequantize, encode, parts_of
 from moeflow.artifact.reader import Artifact
 from moeflow.artifact.shapes import config_checkpoint
-from moeflow.errors import DocumentError, UsageError
+from moeflow.errors import CheckpointError, DocumentError, UsageError
 from moeflow.offload.trace import Trace, save_trace
 from moeflow.planning.bits import Allotment, allot, even, importance
 from moeflow.planning.blobs import SCHEMES, Blobs
@@ -281,3 +282,11 @@ def test_schemes_that_do_not_fit_are_left_out() -> None:
     assert Blobs.of(outlined, list(SCHEMES.values())).schemes == (SCHEMES["2g16"],)
     with pytest.raises(DocumentError, match="not a multiple of 64"):
         Blobs.of(outlined, WIDTHS)
+
+
+def test_layers_of_different_numbers_of_experts_are_refused(checkpoint: Path) -> None:
+    opened = Checkpoint.open(checkpoint)
+    first, *others = opened.layers
+    opened.__dict__["layers"] = (replace(first, experts=first.experts[:4]), *others)
+    with pytest.raises(CheckpointError, match="layers have 4 to 8 experts"):
+        Blobs.of(opened, WIDTHS)

@@ -13,7 +13,7 @@ import numpy as np
 
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.layout import expert_layout
-from moeflow.errors import DocumentError, UsageError
+from moeflow.errors import CheckpointError, DocumentError, UsageError
 from moeflow.planning.allocation import Ints
 from moeflow.schema import HqqScheme, Scheme
 
@@ -49,8 +49,14 @@ class Blobs:
 
         Raises:
             DocumentError: none fits.
+            CheckpointError: layers have different numbers of experts.
         """
         layers, biased = checkpoint.layers, checkpoint.family.biased
+        if len(counts := sorted({len(layer.experts) for layer in layers})) > 1:
+            raise CheckpointError(
+                f"{checkpoint.directory}: layers have {counts[0]} to {counts[-1]} experts; bits are only chosen where "
+                "all have as many: write quantization.overrides by hand"
+            )
         shapes = dict.fromkeys((layer.hidden, layer.intermediate) for layer in layers)
         found: dict[Scheme, list[int]] = {}
         unfit = None
