@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moeflow.cli_allocate import allocate
 from moeflow.cli_bench import bench
 from moeflow.cli_explain import explain
 from moeflow.cli_hardware import hardware as hardware_commands
@@ -85,6 +86,7 @@ app.command()(probe)
 
 
 app.command()(autotune)
+app.command()(allocate)
 app.command()(pack)
 app.command()(plan)
 

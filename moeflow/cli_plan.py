@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -55,7 +54,7 @@ def autotune(
     base = _base(model, hardware, {"vram": vram, "ram": ram, "disk": disk}, context_length)
     chosen, found = pipeline.autotune(model, machine, base, min_speed, min_bits)
     why = reasons(chosen, found, machine, min_speed)
-    write_text(output, annotated(_seen_from(output.parent, chosen.profile), why))
+    write_text(output, annotated(pipeline.seen_from(output.parent, chosen.profile), why))
     if as_json:
         return typer.echo(json.dumps(_document(chosen, found, why)))
     show_hardware(machine)
@@ -132,16 +131,6 @@ def _base(
     whole = {"model": model, "hardware": hardware, "memory": limits, "context_length": context}
     profile = Profile.parse(whole, "options")
     return override(profile, {name: value for name, value in (changes or {}).items() if value is not None})
-
-
-def _seen_from(directory: Path, profile: Profile) -> Profile:
-    """The profile with paths as a file in `directory` has them: `pipeline.read_profile` reads them so."""
-    changes = {}
-    if profile.model.startswith("."):
-        changes["model"] = f"./{os.path.relpath(profile.model, directory)}"
-    if profile.hardware.endswith((".yaml", ".yml", ".json")) and not Path(profile.hardware).is_absolute():
-        changes["hardware"] = os.path.relpath(profile.hardware, directory)
-    return profile.model_copy(update=changes)
 
 
 def _show(chosen: Candidate, found: list[Candidate], machine: HardwareProfile | None = None) -> None:

@@ -7,8 +7,9 @@ imported when it is needed: planning and validating work without.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from moeflow.artifact.outline import outline
 from moeflow.artifact.reader import PLAN, Artifact
 from moeflow.errors import ArtifactError
 from moeflow.files import storage_errors
+from moeflow.offload.trace import load_trace
+from moeflow.planning.bits import Allotment, allot, even, importance
+from moeflow.planning.blobs import SCHEMES, Blobs
 from moeflow.planning.forecast import Forecast, forecast
 from moeflow.planning.overrides import override
 from moeflow.planning.planner import make_plan
@@ -26,12 +30,14 @@ from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.machine import probe
 from moeflow.probe.match import find_hardware
 from moeflow.progress import Progress, silent
-from moeflow.schema import HardwareProfile, Plan, Profile
+from moeflow.schema import HardwareProfile, Plan, Profile, Scheme, Sensitivity
 
 if TYPE_CHECKING:
     from moeflow.engine import Engine
 
-__all__ = ["autotune", "dry_run", "load", "pack", "plan_offload", "read_profile", "resolve_hardware"]
+__all__ = [
+    "allocate", "autotune", "dry_run", "load", "pack", "plan_offload", "read_profile", "resolve_hardware", "seen_from",
+]  # fmt: skip
 
 MIN_SPEED = 5.0
 PROFILE = "profile.yaml"
@@ -50,6 +56,16 @@ def read_profile(profile: ProfileLike) -> Profile:
     model = str(here / read.model) if read.model.startswith(".") else read.model
     is_path = read.hardware.endswith((".yaml", ".yml", ".json")) and not Path(read.hardware).is_absolute()
     return read.model_copy(update={"model": model, "hardware": str(here / read.hardware) if is_path else read.hardware})
+
+
+def seen_from(directory: Path, profile: Profile) -> Profile:
+    """The profile with paths as a file in `directory` has them: `read_profile` reads them so."""
+    changes = {}
+    if profile.model.startswith("."):
+        changes["model"] = f"./{os.path.relpath(profile.model, directory)}"
+    if profile.hardware.endswith((".yaml", ".yml", ".json")) and not Path(profile.hardware).is_absolute():
+        changes["hardware"] = os.path.relpath(profile.hardware, directory)
+    return profile.model_copy(update=changes)
 
 
 def resolve_hardware(name: str) -> HardwareProfile:
@@ -79,6 +95,61 @@ def autotune(
     base = base or Profile(model=model)
     found = candidates(outline(model, base.revision).checkpoint, base, hardware, min_bits)
     return choose(found, min_speed), found
+
+
+def allocate(
+    model: str,
+    budget: float,
+    *,
+    schemes: Sequence[Scheme] = (SCHEMES["2"], SCHEMES["3"], SCHEMES["4"]),
+    trace: str | Path | None = None,
+    table: str | Path | None = None,
+    by_layer: bool = False,
+    progress: Progress = silent,
+) -> Allotment:
+    """Choose a scheme for every expert of a model, for the least measured error within a budget.
+
+    Args:
+        model: as in a profile; its weights are read, unless `table` has their errors.
+        budget: bits a weight over all experts, with scales, zeros and padding.
+        schemes: to choose from.
+        trace: recorded routes of the model; errors count by how often an expert is used.
+        table: JSON of measured errors; what it lacks is measured and added.
+        by_layer: all experts of a layer alike, so that the model can run device-driven.
+        progress: told of bytes as they are quantized.
+
+    Raises:
+        UsageError: the budget is below the smallest scheme or above the largest.
+        DocumentError: trace or table are of another model, or no scheme fits its dimensions.
+    """
+    checkpoint = Checkpoint.open(resolve_model(model))
+    blobs = Blobs.of(checkpoint, schemes)
+    blobs.budget(budget)  # what cannot be met is refused before every expert is quantized
+    weights, tokens = even(blobs), 0
+    if trace is not None:
+        routes = load_trace(Path(trace))
+        routes.require(len(blobs.layers), blobs.experts, checkpoint.top_k, str(trace))
+        weights, tokens = importance(routes), len(routes.routes)
+    errors = _sensitivity(checkpoint, model, blobs.schemes, Path(table) if table is not None else None, progress)
+    return allot(blobs, errors, budget, weights, tokens, by_layer)
+
+
+def _sensitivity(
+    checkpoint: Checkpoint, model: str, schemes: Sequence[Scheme], table: Path | None, progress: Progress
+) -> Sensitivity:
+    """The errors under these schemes: what the file has of them, the rest measured and, with a file, added to it."""
+    known = Sensitivity.load(table) if table is not None and table.is_file() else None
+    if known is not None:
+        known.require(checkpoint.digest(), str(table))
+    if missing := known.missing(schemes) if known is not None else tuple(schemes):
+        from moeflow.sensitivity import measure
+
+        found = measure(checkpoint, model, missing, progress)
+        known = known.joined(found) if known is not None else found
+        if table is not None:
+            known.save(table)
+    assert known is not None, "nothing is missing only where something is known"
+    return known.of(schemes)
 
 
 def pack(

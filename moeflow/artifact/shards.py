@@ -26,7 +26,7 @@ from moeflow.quantization.base import Quantizer
 from moeflow.quantization.registry import quantizer_for
 from moeflow.schema import BlobLayout, PackedMatrix, Shard
 
-__all__ = ["Written", "write_experts", "write_resident"]
+__all__ = ["Written", "encode_source", "write_experts", "write_resident"]
 
 _STORED = {"uint8": "U8", "int32": "I32", "float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -89,7 +89,7 @@ def write_experts(
             if not alike:  # where this layout pads, the last one may have had a part
                 blob.zero_()
             for matrix in layout.matrices:
-                error.add(_encode(checkpoint, matrix, next(sources), quantizers[matrix.scheme], blob))
+                error.add(encode_source(checkpoint, matrix, next(sources), quantizers[matrix.scheme], blob))
             if packed is not None:
                 host.copy_(blob)
             behind.submit(partial(writer.write, host.numpy().data))
@@ -98,10 +98,10 @@ def write_experts(
     return _written(writer, error)
 
 
-def _encode(
+def encode_source(
     checkpoint: Checkpoint, matrix: PackedMatrix, source: Source, quantizer: Quantizer, blob: Tensor
 ) -> tuple[float, float]:
-    """Quantize what was read for `matrix` into `blob`; its memory is free again when this returns."""
+    """Quantize what was read for `matrix` into `blob`; returns what `encode` does, and keeps no reference to it."""
     tensors = checked(checkpoint, source)
     weights, biases = (tensors[:-1], tensors[-1:]) if matrix.bias else (tensors, [])
     return encode(matrix, weights, quantizer, blob, biases)
@@ -125,7 +125,7 @@ def write_resident(
                 last = matrix.segments[-1]
                 source = next(sources)
                 blob = torch.zeros(last.offset + last.nbytes, dtype=torch.uint8, device=source[0][1].device)
-                error.add(_encode(checkpoint, matrix, source, quantizer_for(matrix.scheme), blob))
+                error.add(encode_source(checkpoint, matrix, source, quantizer_for(matrix.scheme), blob))
                 for part in parts_of(matrix, blob).values():
                     writer.write(_bytes(part))
             else:

@@ -26,6 +26,7 @@ from moeflow.schema.quantization import (
     ResidentRole,
     Scheme,
 )
+from moeflow.schema.sensitivity import LayerErrors, Sensitivity
 from moeflow.schema.simulation import Guessing, SimulatedRow, Simulation, Timing
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "HardwareProfile",
     "HqqScheme",
     "Kernels",
+    "LayerErrors",
     "Limits",
     "Link",
     "LinkPoint",
@@ -71,6 +73,7 @@ __all__ = [
     "ResidentRole",
     "Scheme",
     "Segment",
+    "Sensitivity",
     "Shard",
     "SimulatedRow",
     "Simulation",

@@ -12,11 +12,12 @@ from moeflow.schema.hardware import HardwareProfile
 from moeflow.schema.manifest import Manifest
 from moeflow.schema.plan import Plan
 from moeflow.schema.profile import Profile
+from moeflow.schema.sensitivity import Sensitivity
 from moeflow.schema.simulation import Simulation
 
 __all__ = ["KINDS", "load_any"]
 
-KINDS: tuple[type[Document], ...] = (Profile, HardwareProfile, Plan, Manifest, Benchmark, Simulation)
+KINDS: tuple[type[Document], ...] = (Profile, HardwareProfile, Plan, Manifest, Benchmark, Simulation, Sensitivity)
 
 
 def load_any(path: Path) -> Document:

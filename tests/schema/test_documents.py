@@ -27,6 +27,7 @@ from moeflow.schema import (
     Guessing,
     HardwareProfile,
     HqqScheme,
+    LayerErrors,
     Limits,
     Link,
     Manifest,
@@ -41,6 +42,7 @@ from moeflow.schema import (
     PrefillTime,
     Profile,
     Quantization,
+    Sensitivity,
     Shard,
     SimulatedRow,
     Simulation,
@@ -144,7 +146,13 @@ SIMULATION = Simulation(
     rows=(SimulatedRow(policy="lru", k=4, hits=(11, 12), guesses=9, guesses_used=6),),
     timings=(Timing(what="lru with guesses", steps=20, seconds=1e-4),),
 )
-DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION]
+SENSITIVITY = Sensitivity(
+    model="demo",
+    source_digest=DIGEST,
+    schemes=(HqqScheme(bits=2), HqqScheme(bits=3)),
+    layers=(LayerErrors(layer=0, squares=(4.0, 5.0), errors=((0.5, 0.1), (0.25, 1 / 3))),),
+)
+DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
 
 
