@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moeflow.cli_bench import bench
+from moeflow.cli_eval import evaluate, evaluate_grid
 from moeflow.cli_explain import explain
 from moeflow.cli_hardware import hardware as hardware_commands
 from moeflow.cli_pack import pack
@@ -39,6 +40,8 @@ app = typer.Typer(
 )
 
 app.command()(bench)
+app.command("eval")(evaluate)
+app.command("eval-grid")(evaluate_grid)
 app.command()(simulate)
 app.command()(explain)
 app.add_typer(hardware_commands, name="hardware")

@@ -25,11 +25,11 @@ LAYERS = [
     {"generation", "text"},
     {"engine"},
     {"bench", "pipeline"},
-    {"calibration"},
+    {"calibration", "evaluation"},
     {"reporting"},
     {"console"},
     {"console_explain", "console_hardware"},
-    {"cli_bench", "cli_explain", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
+    {"cli_bench", "cli_eval", "cli_explain", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
     {"cli"},
     {"__main__"},
 ]
@@ -44,6 +44,8 @@ TORCH_FREE = [
     "moeflow.reporting.simulation", "moeflow.reporting.curves", "moeflow.artifact.shapes",
     "moeflow.planning.explanation", "moeflow.cli_explain", "moeflow.console_explain",
     "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan",
+    "moeflow.evaluation.windows", "moeflow.evaluation.texts", "moeflow.reporting.quality",
+    "moeflow.reporting.tradeoff", "moeflow.cli_eval",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

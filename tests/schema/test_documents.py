@@ -20,8 +20,11 @@ from moeflow.schema import (
     DecodeTime,
     DenseScheme,
     Disk,
+    Divergence,
     Document,
     Environment,
+    Evaluated,
+    Evaluation,
     ExpertLayer,
     Gpu,
     Guessing,
@@ -44,6 +47,7 @@ from moeflow.schema import (
     Shard,
     SimulatedRow,
     Simulation,
+    TextProtocol,
     Timing,
 )
 
@@ -144,7 +148,22 @@ SIMULATION = Simulation(
     rows=(SimulatedRow(policy="lru", k=4, hits=(11, 12), guesses=9, guesses_used=6),),
     timings=(Timing(what="lru with guesses", steps=20, seconds=1e-4),),
 )
-DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION]
+EVALUATION = Evaluation(
+    command="moeflow eval artifacts/a --text book.txt",
+    date="2026-11-25T14:05:00Z",
+    environment=BENCHMARK.environment,
+    model="x/y",
+    source_digest=DIGEST,
+    protocol=TextProtocol(text="book.txt", digest=DIGEST, tokens=101, scored=100, context=64, stride=32),
+    rows=(
+        Evaluated(
+            experts="2-bit g64", attention="4-bit g64", quantization="experts 2-bit g64, attention 4-bit g64",
+            expert_nbytes=300, expert_parameters=1000, nbytes=900, parameters=2000, device="cpu", dtype="float32",
+            nll=250.5, computed=180, seconds=0.5, divergence=Divergence(kl=3.25, agreed=91),
+        ),
+    ),
+)  # fmt: skip
+DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, EVALUATION]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
 
 
