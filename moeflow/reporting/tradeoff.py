@@ -1,4 +1,4 @@
-"""An evaluation as a picture: perplexity over size, a point for each packing, the unquantized model's as a line.
+"""An evaluation as a picture: perplexity over size, a line for each scheme of the attention, a point for each packing.
 
 Protocol, hardware and command stand below, so that the picture can travel alone.
 """
@@ -21,7 +21,9 @@ __all__ = ["plot"]
 
 WIDTH, POINTS, MARGIN, LINE = 10.0, 3.6, 0.25, 0.175  # inches; POINTS is how high the axes are
 COLORS = (OURS, "#b5651d", "#4b7f52", "#7a4b8f", "#a03b4a")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PLAIN = "unquantized"
+FEW = 4  # points that bear their figures: more would cover each other
 
 
 def plot(run: Evaluation, path: Path) -> None:
@@ -57,27 +59,35 @@ def _figure(run: Evaluation) -> Figure:
 
 
 def _points(axes: Axes, run: Evaluation) -> None:
-    """A line for each scheme of the attention, from fewest bytes to most."""
-    largest = max(row.nbytes for row in run.rows)
-    unit, step = ("GiB", 1 << 30) if largest >= 1 << 30 else ("MiB", 1 << 20)
+    """A line for each scheme of the attention, from fewest bytes to most; a marker for each of the experts."""
+    from matplotlib.lines import Line2D
+
+    unit, step = ("GiB", 1 << 30) if max(row.nbytes for row in run.rows) >= 1 << 30 else ("MiB", 1 << 20)
+    schemes = dict.fromkeys(row.experts for row in run.rows)
+    markers = {experts: MARKERS[number % len(MARKERS)] for number, experts in enumerate(schemes)}
     lines: dict[str, list[Evaluated]] = {}
     for row in sorted(run.rows, key=lambda row: row.nbytes):
         lines.setdefault(row.attention, []).append(row)
     for number, (attention, rows) in enumerate(lines.items()):
         color = COLORS[number % len(COLORS)]
         sizes, values = [row.nbytes / step for row in rows], [run.perplexity(row) for row in rows]
-        axes.plot(sizes, values, color=color, marker="o", markersize=5, label=f"attention {attention}")
+        axes.plot(sizes, values, color=color, label=f"attention {attention}")
         for row, x, y in zip(rows, sizes, values, strict=True):
-            right = row.nbytes > largest / 2  # there the text stands on the left, to stay inside
-            axes.annotate(
-                f"{row.experts}: {perplexity(run, row)}", (x, y), (-6 if right else 6, 5),
-                textcoords="offset points", fontsize=8.5, color=color, ha="right" if right else "left",
-            )  # fmt: skip
+            axes.scatter([x], [y], color=color, marker=markers[row.experts], zorder=3)
+            if len(run.rows) <= FEW:
+                axes.annotate(
+                    perplexity(run, row), (x, y), (0, 7), textcoords="offset points", fontsize=9, color=color,
+                    ha="center",
+                )  # fmt: skip
     for row in run.rows:
         if row.experts == row.attention == PLAIN:
             axes.axhline(run.perplexity(row), color=FAINT, linewidth=0.8, linestyle="--")
+    named = [
+        Line2D([], [], color=INK, marker=marker, linestyle="", label=f"experts {experts}")
+        for experts, marker in markers.items()
+    ]
+    axes.legend(handles=[*axes.get_legend_handles_labels()[0][: len(lines)], *named], frameon=False, fontsize=9)
     axes.set_xlabel(f"all weights, {unit}", color=INK)
     axes.set_ylabel("perplexity of a token", color=INK)
     axes.margins(x=0.08, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
