@@ -16,6 +16,7 @@ import typer
 
 from moeflow.cli_allocate import allocate
 from moeflow.cli_bench import bench
+from moeflow.cli_eval import evaluate, evaluate_grid
 from moeflow.cli_explain import explain
 from moeflow.cli_hardware import hardware as hardware_commands
 from moeflow.cli_load import load
@@ -43,6 +44,8 @@ app = typer.Typer(
 )
 
 app.command()(bench)
+app.command("eval")(evaluate)
+app.command("eval-grid")(evaluate_grid)
 app.command()(simulate)
 app.command("trace")(trace_command)
 app.command()(explain)

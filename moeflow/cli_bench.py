@@ -58,9 +58,13 @@ def bench(
     """Measure decoding and prefill beside the machine's limits. Table, plot, and one line of JSON last."""
     from moeflow import pipeline
     from moeflow.bench import Settings
+    from moeflow.schema.quantization import scheme_settings
 
-    scheme = _scheme(bits, group_size, metadata_bits)
-    source, profile = _source(artifact, synthetic, {"experts": scheme, "attention": _scheme(attention_bits, 64, 16)})
+    schemes = {
+        "experts": scheme_settings(bits, group_size, metadata_bits),
+        "attention": scheme_settings(attention_bits),
+    }
+    source, profile = _source(artifact, synthetic, schemes)
     settings = Settings(
         profile=profile.model_copy(update={"context_length": context_length, "execution": execution or "auto"}),
         experts_per_layer=experts_per_layer,
@@ -116,12 +120,6 @@ def _show(run: Benchmark, output: Path | None, markdown: Path | None, picture: P
     if output is not None:
         run.save(output)
     typer.echo(text.json_line(run))
-
-
-def _scheme(bits: int, group_size: int, metadata_bits: int) -> dict[str, Any]:
-    if bits == 16:
-        return {"backend": "none"}
-    return {"backend": "hqq", "bits": bits, "group_size": group_size, "metadata_bits": metadata_bits}
 
 
 def _source(artifact: Path | None, synthetic: str | None, quantization: dict[str, Any]) -> tuple[Artifact, Profile]:

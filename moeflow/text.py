@@ -39,7 +39,7 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the prompt is not text: character {error.start} is not valid UTF-8") from error
-        ids: list[int] = self.tokenizer(text)["input_ids"]
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]  # whether they fit is for callers to say
         return ids
 
     def conversation(self, messages: Sequence[dict[str, str]], limit: int) -> list[int]:

@@ -25,21 +25,11 @@ LAYERS = [
     {"generation", "text"},
     {"engine"},
     {"bench", "pipeline", "recording"},
-    {"calibration"},
+    {"calibration", "evaluation"},
     {"reporting"},
     {"console"},
     {"cli_load", "console_allocate", "console_explain", "console_hardware"},
-    {
-        "cli_allocate",
-        "cli_bench",
-        "cli_explain",
-        "cli_hardware",
-        "cli_pack",
-        "cli_plan",
-        "cli_probe",
-        "cli_simulate",
-        "cli_trace",
-    },
+    {"cli_bench", "cli_eval", "cli_explain", "cli_hardware", "cli_pack", "cli_plan", "cli_probe", "cli_simulate"},
     {"cli"},
     {"__main__"},
 ]
@@ -55,7 +45,8 @@ TORCH_FREE = [
     "moeflow.planning.explanation", "moeflow.cli_explain", "moeflow.console_explain",
     "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan", "moeflow.cli_trace",
     "moeflow.recording", "moeflow.planning.bits", "moeflow.planning.allocation", "moeflow.planning.blobs",
-    "moeflow.cli_allocate", "moeflow.console_allocate",
+    "moeflow.cli_allocate", "moeflow.console_allocate", "moeflow.evaluation.windows", "moeflow.evaluation.texts",
+    "moeflow.reporting.quality", "moeflow.reporting.tradeoff", "moeflow.cli_eval",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from moeflow.reporting.paper import ROWS, paper_speed
-from moeflow.schema import Benchmark, BenchmarkRow
+from moeflow.schema import Benchmark, BenchmarkRow, Environment, Evaluation
 from moeflow.schema.units import format_rate, format_size
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "digits",
     "fill",
     "grids",
+    "hardware",
     "listed",
     "machine",
     "percent",
@@ -192,10 +193,7 @@ def grids(run: Benchmark) -> list[Grid]:
 
 def machine(run: Benchmark) -> str:
     """Hardware, and its limits as measured beside the rows."""
-    where, limits = run.environment, run.limits
-    memory = f" ({_size(where.gpu_memory)})" if where.gpu_memory else ""
-    parts = [f"{where.gpu}{memory}" if where.gpu else "no GPU", f"{where.cores} cores of {where.cpu}"]
-    text = f"{', '.join(parts)}, {_size(where.ram)}"
+    text, limits = hardware(run.environment), run.limits
     if limits.link_peak:
         text += f"; copy engine at 1 GiB {_rate(limits.link_peak)}"
     if limits.memory_bandwidth:
@@ -203,7 +201,14 @@ def machine(run: Benchmark) -> str:
     return text
 
 
-def versions(run: Benchmark) -> str:
+def hardware(where: Environment) -> str:
+    """GPU, CPU and memory."""
+    memory = f" ({_size(where.gpu_memory)})" if where.gpu_memory else ""
+    parts = [f"{where.gpu}{memory}" if where.gpu else "no GPU", f"{where.cores} cores of {where.cpu}"]
+    return f"{', '.join(parts)}, {_size(where.ram)}"
+
+
+def versions(run: Benchmark | Evaluation) -> str:
     """Of everything that the figures depend on."""
     where = run.environment
     parts = [

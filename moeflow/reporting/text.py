@@ -7,7 +7,7 @@ import json
 from moeflow.reporting.cells import Grid, fill, grids, listed, machine, remarks, shared, subject, versions
 from moeflow.schema import Benchmark
 
-__all__ = ["aligned", "table", "markdown", "json_line"]
+__all__ = ["aligned", "piped", "table", "markdown", "json_line"]
 
 WIDTH = 120
 
@@ -31,6 +31,14 @@ def aligned(grid: Grid) -> list[str]:
     return ["  ".join(f"{t:{s}{w}}" for t, s, w in zip(line, sides, widths, strict=True)).rstrip() for line in lines]
 
 
+def piped(grid: Grid) -> list[str]:
+    """The same as a table in Markdown."""
+    cells = [(grid.title, *grid.headings[1:]), *grid.rows]
+    rule = ["---"] * grid.words + ["---:"] * (len(grid.headings) - grid.words)
+    found = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in cells]
+    return [found[0], f"|{'|'.join(rule)}|", *found[1:]]
+
+
 def markdown(run: Benchmark) -> str:
     """A section of docs/benchmarks.md: heading, command, settings and machine, tables; ends with a newline."""
     lines = [
@@ -41,10 +49,7 @@ def markdown(run: Benchmark) -> str:
     ]
     lines += [*fill(f"{listed(shared(run))}.", WIDTH), "", *fill(f"{machine(run)}; {versions(run)}.", WIDTH)]
     for grid in grids(run):
-        cells = [(grid.title, *grid.headings[1:]), *grid.rows]
-        rule = ["---"] * grid.words + ["---:"] * (len(grid.headings) - grid.words)
-        found = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in cells]
-        lines += ["", found[0], f"|{'|'.join(rule)}|", *found[1:]]
+        lines += ["", *piped(grid)]
     for remark in remarks(run):
         lines += ["", *fill(f"{remark}.", WIDTH)]
     return "\n".join(lines) + "\n"

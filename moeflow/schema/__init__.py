@@ -2,6 +2,7 @@
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.benchmark import Benchmark, BenchmarkRow, Environment, Limits
+from moeflow.schema.evaluation import Divergence, Evaluated, Evaluation, TextProtocol
 from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Probed
 from moeflow.schema.kernels import Kernels, Product
 from moeflow.schema.link import BusState, Link, LinkPoint, Pcie
@@ -40,8 +41,11 @@ __all__ = [
     "DenseScheme",
     "DecodeTime",
     "Disk",
+    "Divergence",
     "Document",
     "Environment",
+    "Evaluated",
+    "Evaluation",
     "ExpertLayer",
     "Gpu",
     "Guessing",
@@ -77,5 +81,6 @@ __all__ = [
     "Shard",
     "SimulatedRow",
     "Simulation",
+    "TextProtocol",
     "Timing",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -27,6 +27,7 @@ __all__ = [
     "LayerRole",
     "ResidentRole",
     "META_BLOCK",
+    "scheme_settings",
 ]
 
 LayerRole = Literal["experts", "attention", "shared_experts"]
@@ -99,6 +100,13 @@ def _is_dense(scheme: Scheme) -> bool:
 
 def _is_none(scheme: Scheme | None) -> bool:
     return scheme is None
+
+
+def scheme_settings(bits: int, group_size: int = 64, metadata_bits: int = 16) -> dict[str, Any]:
+    """A scheme by its bits, as a profile has it, not yet validated; 16 keeps the checkpoint's numbers."""
+    if bits == 16:
+        return {"backend": "none"}
+    return {"backend": "hqq", "bits": bits, "group_size": group_size, "metadata_bits": metadata_bits}
 
 
 class Override(Part):

@@ -20,8 +20,11 @@ from moeflow.schema import (
     DecodeTime,
     DenseScheme,
     Disk,
+    Divergence,
     Document,
     Environment,
+    Evaluated,
+    Evaluation,
     ExpertLayer,
     Gpu,
     Guessing,
@@ -46,6 +49,7 @@ from moeflow.schema import (
     Shard,
     SimulatedRow,
     Simulation,
+    TextProtocol,
     Timing,
 )
 
@@ -152,7 +156,22 @@ SENSITIVITY = Sensitivity(
     schemes=(HqqScheme(bits=2), HqqScheme(bits=3)),
     layers=(LayerErrors(layer=0, squares=(4.0, 5.0), errors=((0.5, 0.1), (0.25, 1 / 3))),),
 )
-DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY]
+EVALUATION = Evaluation(
+    command="moeflow eval artifacts/a --text book.txt",
+    date="2026-11-25T14:05:00Z",
+    environment=BENCHMARK.environment,
+    model="x/y",
+    source_digest=DIGEST,
+    protocol=TextProtocol(text="book.txt", digest=DIGEST, tokens=101, scored=100, context=64, stride=32),
+    rows=(
+        Evaluated(
+            experts="2-bit g64", attention="4-bit g64", quantization="experts 2-bit g64, attention 4-bit g64",
+            expert_nbytes=300, expert_parameters=1000, nbytes=900, parameters=2000, device="cpu", dtype="float32",
+            nll=250.5, computed=180, seconds=0.5, divergence=Divergence(kl=3.25, agreed=91),
+        ),
+    ),
+)  # fmt: skip
+DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY, EVALUATION]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
 
 
