@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from moeflow import pipeline
@@ -185,10 +186,14 @@ def pairs_of(run: Benchmark, hardware: HardwareProfile) -> list[Pair]:
         hardware = hardware.model_copy(update={"link": link})
     found = []
     for row in run.rows:
-        quantization = Quantization(experts=_scheme(row.expert_scheme), attention=HqqScheme(bits=4, group_size=64))
-        sizes = ModelSizes.of_checkpoint(config_checkpoint(architecture(row.model), row.model), quantization)
-        found.append((row, predicted(row, hardware, sizes)))
+        found.append((row, predicted(row, hardware, _sizes(row.model, row.expert_scheme))))
     return found
+
+
+@cache
+def _sizes(model: str, experts: str) -> ModelSizes:
+    quantization = Quantization(experts=_scheme(experts), attention=HqqScheme(bits=4, group_size=64))
+    return ModelSizes.of_checkpoint(config_checkpoint(architecture(model), model), quantization)
 
 
 def error(pair: Pair) -> float:

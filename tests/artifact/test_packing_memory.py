@@ -46,10 +46,8 @@ def checkpoints(checkpoint_factory: Callable[..., Path]) -> dict[int, Path]:
 
 
 def test_more_layers_take_no_more_memory(checkpoints: dict[int, Path], tmp_path: Path) -> None:
-    peaks = {}
     for layers, checkpoint in checkpoints.items():
         command = [sys.executable, "-c", SCRIPT, str(checkpoints[2]), str(checkpoint), str(tmp_path / str(layers))]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-        before, peaks[layers] = json.loads(done.stdout.splitlines()[-1])
-        assert peaks[layers] - before < LEEWAY, f"{layers} layers after 2"
-    assert abs(peaks[12] - peaks[2]) < LEEWAY
+        before, peak = json.loads(done.stdout.splitlines()[-1])
+        assert peak - before < LEEWAY, f"{layers} layers after 2"  # processes differ by more than that from the start
