@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import moeflow
-from moeflow import cli, pipeline
+from moeflow import pipeline
 from moeflow.artifact.architectures import architecture
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.layout import packed_matrix
@@ -50,7 +50,7 @@ def table_file(table: Sensitivity, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def moe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def moe(moe: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Exit code, stdout, stderr; in this process, without a network, on a wide terminal."""
     from huggingface_hub import constants
 
@@ -59,14 +59,7 @@ def moe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(console.out, "_width", 200)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moeflow", "allocate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return partial(moe, "allocate")
 
 
 def _trace(path: Path, experts: int = EXPERTS, layers: int = LAYERS, favourite: int = 3) -> Path:

@@ -26,22 +26,6 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
     )  # fmt: skip
 
 
-def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """The same in this process, where torch is imported already: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["moeflow", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
-@pytest.fixture
-def moe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
-
-
 def test_help_imports_no_torch_and_lists_every_command() -> None:
     code = (
         "import sys; sys.argv=['moeflow','--help']\nfrom moeflow import cli\ntry: cli.main()\nexcept SystemExit: pass\n"

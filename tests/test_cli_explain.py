@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from moeflow import cli
 from moeflow.console_explain import sentence
 from moeflow.files import data_dir
 from moeflow.planning.explanation import explain as take_apart
@@ -21,18 +20,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def explain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def explain(moe: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Exit code, stdout, stderr."""
     monkeypatch.setenv("COLUMNS", "160")
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moeflow", "explain", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return partial(moe, "explain")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,10 @@ FILES = sorted(data_dir("hardware").glob("*.yaml"))
 
 
 @pytest.fixture
-def hardware(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def hardware(moe: Run) -> Run:
     """`hardware(*arguments)` in this process: exit code, stdout, stderr."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moeflow", "hardware", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return partial(moe, "hardware")
 
 
 def test_list_has_every_file_and_no_path(hardware: Run) -> None:

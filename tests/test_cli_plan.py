@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from moeflow import cli
 from moeflow.artifact.architectures import architecture
 from moeflow.files import data_dir
 from moeflow.probe.match import find_hardware
@@ -27,7 +26,7 @@ PAPER = ("rtx-3060", "t4", "rtx-3080-mobile", "a100-80gb")
 
 
 @pytest.fixture
-def moe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def moe(moe: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Exit code, stdout, stderr; in this process, without a network, on a wide terminal."""
     from huggingface_hub import constants
 
@@ -36,14 +35,7 @@ def moe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(console.out, "_width", 200)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moeflow", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return moe
 
 
 def _hardware(name: str) -> Path:

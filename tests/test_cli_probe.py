@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from probe.test_nvml import BOARDS, FakeDriver
 
-from moeflow import cli, cli_probe
+from moeflow import cli_probe
 from moeflow.probe import bandwidth, disk
 from moeflow.probe.match import find_hardware
 from moeflow.schema import HardwareProfile
@@ -21,20 +20,13 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def moe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def moe(moe: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """`moe(*arguments)` in this process and in a directory of its own: exit code, stdout, stderr."""
     monkeypatch.setattr(bandwidth, "BUFFER", 4 << 20)
     monkeypatch.setattr(disk, "LARGEST", 8 << 20)
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moeflow", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return moe
 
 
 @pytest.mark.parametrize("option", ["--save", "--output", "-o"])

@@ -6,12 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moeflow import cli
 from moeflow.offload.routing import markov, uniform
 from moeflow.offload.trace import Trace, save_trace
 from moeflow.planning.simulator import hit_rates
@@ -22,17 +22,10 @@ SHAPE = ("--layers", 3, "--experts", 8, "--top-k", 2, "-n", 60)
 
 
 @pytest.fixture
-def simulate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def simulate(moe: Run) -> Run:
     """Exit code, stdout, stderr."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moeflow", "simulate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
+    return partial(moe, "simulate")
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeflow.reporting.cells import fill
-from moeflow.reporting.picture import FAINT, INK, OURS, save
+from moeflow.reporting.picture import FAINT, INK, OURS, framed, save
 from moeflow.reporting.simulation import guessed, remarks, subject
 from moeflow.schema import SimulatedRow, Simulation
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot"]
 
-WIDTH, LINES, MARGIN, LINE = 10.0, 3.2, 0.25, 0.175  # inches; LINES is how high the axes are
+HIGH = 3.2  # inches of the axes
 LOOKS = {"lru": (OURS, "-", "o"), "lfu": ("#b5651d", "-", "s"), "optimum": (FAINT, "--", "^")}
 
 
@@ -34,24 +33,9 @@ def plot(found: Simulation, path: Path) -> None:
 
 
 def _figure(found: Simulation) -> Figure:
-    from matplotlib.figure import Figure
-
     about = [subject(found), *([f"guesses: {guessed(found)}"] if found.guessing else []), *remarks(found, speeds=False)]
-    caption = [line for text in about for line in fill(f"{text}.", 140)]
-    command = fill(found.command, 122)
-    foot = MARGIN + LINE * (len(caption) + len(command))
-    bottom, top = foot + 0.65, 0.75
-    height = bottom + LINES + top
-    figure = Figure(figsize=(WIDTH, height), facecolor="white")
-    figure.text(
-        MARGIN / WIDTH, 1 - MARGIN / height, "Share of expert uses that find their expert cached",
-        fontsize=14, color=INK, va="top", weight="bold",
-    )  # fmt: skip
-    for number, text in enumerate([*caption, *command]):
-        family = "monospace" if number >= len(caption) else "sans-serif"
-        place = (foot - LINE * number) / height
-        figure.text(MARGIN / WIDTH, place, text, fontsize=8.5, color=FAINT, va="top", family=family)
-    axes = figure.add_axes((0.75 / WIDTH, bottom / height, 1 - 1.0 / WIDTH, LINES / height))
+    title = "Share of expert uses that find their expert cached"
+    figure, axes = framed(title, [f"{text}." for text in about], found.command, HIGH)
     _lines(axes, found)
     return figure
 
@@ -77,6 +61,4 @@ def _lines(axes: Axes, found: Simulation) -> None:
     axes.set_ylim(0, 100)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color=FAINT, alpha=0.2)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     axes.legend(frameon=False, loc="lower right", fontsize=9)  # more slots hit more: that corner stays empty

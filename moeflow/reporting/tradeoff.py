@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeflow.reporting.cells import fill, hardware, versions
-from moeflow.reporting.picture import FAINT, INK, OURS, save
+from moeflow.reporting.cells import hardware, versions
+from moeflow.reporting.picture import FAINT, INK, OURS, framed, save
 from moeflow.reporting.quality import about, perplexity
 from moeflow.schema import Evaluated, Evaluation
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot"]
 
-WIDTH, POINTS, MARGIN, LINE = 10.0, 3.6, 0.25, 0.175  # inches; POINTS is how high the axes are
+HIGH = 3.6  # inches of the axes
 COLORS = (OURS, "#b5651d", "#4b7f52", "#7a4b8f", "#a03b4a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 PLAIN = "unquantized"
@@ -37,23 +37,8 @@ def plot(run: Evaluation, path: Path) -> None:
 
 
 def _figure(run: Evaluation) -> Figure:
-    from matplotlib.figure import Figure
-
     said = (f"{run.model}: {about(run)}.", f"{hardware(run.environment)}; {versions(run)}; {run.date[:10]}.")
-    caption = [line for text in said for line in fill(text, 140)]
-    command = fill(run.command, 122)
-    foot = MARGIN + LINE * (len(caption) + len(command))
-    bottom, top = foot + 0.65, 0.75
-    height = bottom + POINTS + top
-    figure = Figure(figsize=(WIDTH, height), facecolor="white")
-    figure.text(
-        MARGIN / WIDTH, 1 - MARGIN / height, "Perplexity over size", fontsize=14, color=INK, va="top", weight="bold"
-    )
-    for number, text in enumerate([*caption, *command]):
-        family = "monospace" if number >= len(caption) else "sans-serif"
-        place = (foot - LINE * number) / height
-        figure.text(MARGIN / WIDTH, place, text, fontsize=8.5, color=FAINT, va="top", family=family)
-    axes = figure.add_axes((0.85 / WIDTH, bottom / height, 1 - 1.1 / WIDTH, POINTS / height))
+    figure, axes = framed("Perplexity over size", said, run.command, HIGH, left=0.85)
     _points(axes, run)
     return figure
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from picture_checks import assert_inside
 from sample_benchmark import run as benchmark
 
 from moeflow.reporting import tradeoff
@@ -108,10 +108,4 @@ def test_a_picture_has_each_packing_at_its_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["moeflow eval a", "moeflow eval " + 12 * "--reference some/where/else "])
 def test_every_text_is_inside_the_picture(command: str) -> None:
     figure = tradeoff._figure(evaluation(TWO, PLAIN, command=command))
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in figure.texts]
-    boxes += [figure.axes[0].get_tightbbox(renderer)]
-    for number, box in enumerate(boxes):
-        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
-        assert not any(box.padded(-1.5).overlaps(other) for other in boxes[:number])
+    assert_inside(figure)

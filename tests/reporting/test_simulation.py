@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from picture_checks import assert_inside
 
 from moeflow.errors import UsageError
 from moeflow.reporting import curves
@@ -107,13 +107,7 @@ def test_a_picture_has_a_line_for_each_policy_at_its_rates(tmp_path: Path) -> No
 @pytest.mark.parametrize("command", ["moeflow simulate", "moeflow simulate " + 12 * "--policy lru -k 100 "])
 def test_every_text_is_inside_the_picture(command: str) -> None:
     figure = curves._figure(simulation(command=command, rows=(*LRU, *FORCED, *BEST), guessing=GUESSING))
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in figure.texts]
-    boxes += [figure.axes[0].get_tightbbox(renderer)]
-    for number, box in enumerate(boxes):
-        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
-        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
-        assert not any(box.padded(-1.5).overlaps(other) for other in boxes[:number])
+    assert_inside(figure)
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
