@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeflow.errors import DocumentError, UsageError
+from moeflow.errors import UsageError
 
 __all__ = ["trace"]
 
@@ -46,14 +46,9 @@ def trace(
 
 
 def _read(path: Path) -> str:
-    from moeflow.files import storage_errors
+    from moeflow.files import read_text
 
-    with storage_errors(path, "read"):
-        raw = path.read_bytes()
-    try:
-        content = raw.decode()
-    except UnicodeDecodeError as error:
-        raise DocumentError(f"{path}: not a text document (byte {error.start} is not UTF-8)") from error
+    content = read_text(path)
     if not content:
         raise UsageError(f"{path}: the text is empty; give at least one token")
     return content

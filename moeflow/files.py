@@ -18,7 +18,16 @@ from typing import IO, Any
 
 from moeflow.errors import DocumentError, StorageError
 
-__all__ = ["atomic_writer", "write_text", "write_json", "read_document", "sha256_file", "data_dir", "storage_errors"]
+__all__ = [
+    "atomic_writer",
+    "write_text",
+    "write_json",
+    "read_document",
+    "read_text",
+    "sha256_file",
+    "data_dir",
+    "storage_errors",
+]
 
 CHUNK = 1 << 22  # bytes; large enough that hashing, not Python, is the cost
 
@@ -89,6 +98,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """A whole file of UTF-8.
+
+    Raises:
+        StorageError: it cannot be read.
+        DocumentError: it is not UTF-8; the message has the place.
+    """
+    with storage_errors(path, "read"):
+        raw = path.read_bytes()
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"{path}: not a text document (byte {error.start} is not UTF-8)") from error
+
+
 def read_document(path: Path) -> Any:
     """Parse a YAML or JSON file (by its ending).
 
@@ -96,12 +120,7 @@ def read_document(path: Path) -> Any:
         StorageError: it cannot be read.
         DocumentError: it is not valid YAML or JSON; the message has line and column.
     """
-    with storage_errors(path, "read"):
-        raw = path.read_bytes()
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise DocumentError(f"{path}: not a text document (byte {error.start} is not UTF-8)") from error
+    text = read_text(path)
     try:
         return _parse_json(path, text) if path.suffix == ".json" else _parse_yaml(path, text)
     except (ValueError, OverflowError, RecursionError) as error:  # numbers, dates and depths that Python refuses

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moeflow.errors import StorageError, UsageError, unknown
-from moeflow.files import storage_errors
+from moeflow.files import read_text
 
 __all__ = ["DATASETS", "dataset_text", "file_text"]
 
@@ -44,14 +44,10 @@ def file_text(path: Path) -> str:
 
     Raises:
         StorageError: it cannot be read.
-        UsageError: it is empty, or not UTF-8.
+        DocumentError: it is not UTF-8.
+        UsageError: it is empty.
     """
-    with storage_errors(path, "read"):
-        raw = path.read_bytes()
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a text: byte {error.start} is not UTF-8") from error
+    text = read_text(path)
     if not text.strip():
         raise UsageError(f"{path}: the text is empty")
     return text

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moeflow.errors import StorageError, UsageError
+from moeflow.errors import DocumentError, StorageError, UsageError
 from moeflow.evaluation.texts import DATASETS, dataset_text, file_text
 
 
@@ -24,7 +24,7 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"a\.txt: cannot read: no such file"):
         file_text(path)
     path.write_bytes(b"ab\xff")
-    with pytest.raises(UsageError, match="byte 2 is not UTF-8"):
+    with pytest.raises(DocumentError, match="byte 2 is not UTF-8"):
         file_text(path)
     path.write_text(" \n")
     with pytest.raises(UsageError, match="the text is empty"):
