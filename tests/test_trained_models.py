@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,15 @@ def tools() -> Any:
     """The modules of tools/, which is a folder of scripts and no package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools"))
-        import corpus
-        import evaluate_model
-        import train_model
-        import trained_model
-
-        yield {"corpus": corpus, "evaluate": evaluate_model, "train": train_model, "model": trained_model}
+        names = {
+            "corpus": "corpus",
+            "books": "corpus_books",
+            "sources": "corpus_sources",
+            "model": "trained_model",
+            "train": "train_model",
+            "evaluate": "evaluate_model",
+        }
+        yield {short: importlib.import_module(name) for short, name in names.items()}
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (32, 4)])
@@ -117,13 +120,13 @@ def test_the_budget_ends_a_run(tools: Any, corpus: Path, tmp_path: Path) -> None
     assert record["curve"][-1]["step"] == record["steps"] > 1
 
 
-def test_held_out_documents_keep_translations_together(tools: Any) -> None:
-    from corpus_books import Document
-    from corpus_sources import HELD_OUT_MOST, Source
-
-    documents = [Document(f"page {number}", letter * 100) for letter in "ab" for number in range(300)]
-    source = Source("package", "title", "licence", lambda _: documents)
+def test_held_out_documents_are_few_and_drawn_alike_in_any_order(tools: Any) -> None:
+    books, sources = tools["books"], tools["sources"]
+    documents = [books.Document(f"page {number}", letter * 100) for letter in "ab" for number in range(300)]
+    source = sources.Source("package", "title", "licence", lambda _: documents, most_bytes=9_999)
+    unlimited = replace(source, most_bytes=None)
+    assert len(unlimited.documents(Path())) == 600
+    assert len(source.documents(Path())) == 99
     held = source.heldout_keys(documents)
-    assert 0 < len(held) <= HELD_OUT_MOST * 300
+    assert 0 < len(held) <= sources.HELD_OUT_MOST * 300
     assert held == source.heldout_keys(documents[::-1])
-    assert len(Source("package", "title", "licence", lambda _: documents, most_bytes=999).documents(Path())) == 9
