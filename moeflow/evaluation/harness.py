@@ -8,14 +8,13 @@ are not used. As a program, `python -m moeflow.evaluation.harness`, it is lm_eva
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moeflow import pipeline
@@ -158,32 +157,8 @@ class MoeflowLM(TemplateLM):  # type: ignore[misc]
                 f"the task asks for generation with {', '.join(unknown)}; moeflow knows {', '.join(SAMPLING)}, until "
                 "and max_gen_toks"
             )
-        count, stop = int(settings["max_gen_toks"]), [text for text in settings["until"] if text]
         sampling = {name: settings.get(name) for name in SAMPLING} if settings["do_sample"] else {"temperature": 0.0}
-        tally, room = self.scorer.tally, self.max_length - count
-        if room < 1:
-            raise UsageError(
-                f"the task asks for answers of up to {count} tokens, which leaves no room for a question in a context "
-                f"of {self.max_length}; load the model for a longer one"
-            )
-        tally.requests += 1
-        tally.truncated += len(prompt) > room
-        kept = prompt[-room:]
-        begin = time.perf_counter()
-        computed = len(kept) - self.scorer.session.keep(kept, len(kept) - 1)
-        text = ""
-        pieces = self.engine.stream(kept, count, seed=seed, session=self.scorer.session, **sampling)
-        for piece in pieces:
-            text += piece
-            if any(one in text for one in stop):
-                break
-        pieces.close()  # type: ignore[attr-defined]  # a generator; what it has begun is settled before it is timed
-        steps = self.engine.stats.decode_steps
-        tally.seconds += time.perf_counter() - begin
-        tally.computed += computed + steps
-        tally.tokens += len(kept) + steps
-        answer: str = postprocess_generated_text(text, stop, None)
-        return answer
+        return self.scorer.answer(prompt, int(settings["max_gen_toks"]), settings["until"], seed, **sampling)
 
     def _told(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self._report(what, done, total)

@@ -1,9 +1,9 @@
-"""Log-likelihoods of continuations, with what requests share computed once.
+"""Log-likelihoods of continuations, and answers, with what requests share computed once.
 
 Requests are run in the order of their contexts' tokens, so that examples which stand before many questions stay in the
 KV cache; the choices of one question share its context and the logits after it, so that a choice of one token costs no
 pass. Offloaded models run one sequence at a time, and this is what they gain in place of batches. It knows token ids
-and an engine, no text and no task.
+and an engine, and no task.
 """
 
 from __future__ import annotations
@@ -84,6 +84,47 @@ class Scorer:
                 found |= dict.fromkeys(groups[context][continuation], score)
                 report(len(found), len(requests))
         return [found[place] for place in range(len(requests))]
+
+    def answer(
+        self, prompt: Sequence[int], count: int, stop: Sequence[str], seed: int, **sampling: float | None
+    ) -> str:
+        """What the model writes after a prompt, up to a stop sequence.
+
+        Args:
+            prompt: token ids; they lose their beginning where they and the answer do not fit the model's context.
+            count: tokens of the answer, at most.
+            stop: texts before the first of which the answer ends; empty ones end none.
+            seed: makes sampling repeatable.
+            **sampling: temperature, top_k and top_p as in `Engine.generate`.
+
+        Raises:
+            UsageError: the answer leaves no room for a prompt, or the prompt is empty.
+        """
+        room = self.limit - count
+        if room < 1:
+            raise UsageError(
+                f"the task asks for answers of up to {count} tokens, which leaves no room for a question in a context "
+                f"of {self.limit}; load the model for a longer one"
+            )
+        kept, stops = list(prompt)[-room:], [text for text in stop if text]
+        begin = time.perf_counter()
+        computed = len(kept) - self.session.keep(kept, len(kept) - 1)
+        pieces = self._engine.stream(kept, count, seed=seed, session=self.session, **sampling)  # type: ignore[arg-type]
+        text = ""
+        for piece in pieces:
+            text += piece
+            if any(one in text for one in stops):
+                break
+        pieces.close()  # type: ignore[attr-defined]  # a generator: its statistics are complete when it ends
+        steps = self._engine.stats.decode_steps
+        self.tally.seconds += time.perf_counter() - begin
+        self.tally.requests += 1
+        self.tally.truncated += len(prompt) > room
+        self.tally.tokens += len(kept) + steps
+        self.tally.computed += computed + steps
+        for one in stops:
+            text = text.partition(one)[0]
+        return text
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Ids, Ids]:
         if not context or not continuation:

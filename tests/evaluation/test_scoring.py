@@ -110,3 +110,34 @@ def test_what_cannot_be_scored_is_refused(
 def test_the_longest_continuation_fits(engine: Engine, model: Any) -> None:
     requests = [(random_ids(3, 1), random_ids(LIMIT, 2))]
     assert_same(Scorer(engine).score(requests), model, requests)
+
+
+WORDS = "And he said unto them, The LORD is my shepherd, I shall"
+
+
+def test_an_answer_ends_before_its_first_stop(demo_engine: Engine) -> None:
+    ids = demo_engine.tokenizer(WORDS)["input_ids"]
+    whole = demo_engine.generate(WORDS, max_new_tokens=20, temperature=0).text
+    stop, later = whole[9:13], whole[16:24]
+    assert 0 < whole.find(stop) < whole.find(later)
+    scorer = Scorer(demo_engine)
+    assert scorer.answer(ids, 20, [later, "", stop], seed=0, temperature=0.0) == whole.partition(stop)[0]
+    before = scorer.tally.computed
+    assert scorer.answer(ids, 20, [], seed=0, temperature=0.0) == whole
+    assert scorer.tally.computed - before == 1 + 19, "the prompt is there but for its last token"
+    assert (scorer.tally.requests, scorer.tally.truncated) == (2, 0)
+
+
+def test_a_prompt_too_long_loses_its_beginning_and_is_counted(
+    demo_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = demo_engine.tokenizer(WORDS)["input_ids"]
+    scorer = Scorer(demo_engine)
+    monkeypatch.setattr(scorer, "limit", 16)
+    assert len(ids) > 6
+    text = scorer.answer(ids, 10, [], seed=0, temperature=0.0)
+    assert text == demo_engine.generate(ids[-6:], max_new_tokens=10, temperature=0).text
+    assert scorer.answer(ids[-6:], 10, [], seed=0, temperature=0.0) == text
+    assert (scorer.tally.requests, scorer.tally.truncated) == (2, 1)
+    with pytest.raises(UsageError, match=r"answers of up to 16 tokens, .* in a context of 16"):
+        scorer.answer(ids, 16, [], seed=0)

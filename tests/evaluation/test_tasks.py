@@ -156,16 +156,6 @@ def test_generation_that_cannot_be_done_is_refused(lm: MoeflowLM, asked: dict[st
         lm.generate_until(instances("generate_until", ("The", {"until": [], **asked})))
 
 
-def test_prompts_too_long_lose_their_beginning_and_are_counted(lm: MoeflowLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(lm), "max_length", property(lambda _: 16))
-    asked = {"until": [], "max_gen_toks": 10}
-    words = "And he said unto them, The LORD is my shepherd, I shall"
-    long, short = lm.generate_until(instances("generate_until", (words, asked), (words[-9:], asked)))
-    kept = lm.tokenizer.decode(lm.tok_encode(words)[-6:])
-    assert long == lm.generate_until(instances("generate_until", (kept, asked)))[0]
-    assert short and lm.scorer.tally.truncated == 1
-
-
 def test_chats_go_through_the_models_template(lm: MoeflowLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         lm.tokenizer, "chat_template",
