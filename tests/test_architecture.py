@@ -58,6 +58,7 @@ TORCH_FREE = [
     "moeflow.recording", "moeflow.planning.bits", "moeflow.planning.allocation", "moeflow.planning.blobs",
     "moeflow.cli_allocate", "moeflow.console_allocate", "moeflow.evaluation.windows", "moeflow.evaluation.texts",
     "moeflow.reporting.quality", "moeflow.reporting.tradeoff", "moeflow.cli_eval",
+    "moeflow.evaluation.scores", "moeflow.reporting.tasks",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
