@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,27 +93,47 @@ def trace_text(
         UsageError: the text is empty or shorter than `tokens`, or the engine was loaded to record nothing.
     """
     recorder = _recorder(engine)
-    ids: list[int] = engine.tokenizer(text, verbose=False)["input_ids"] if text else []
-    if not ids:
-        raise UsageError("the text is empty; give at least one token")
-    if not 1 <= (count := len(ids) if tokens is None else tokens) <= len(ids):
-        raise UsageError(f"tokens is {count}; the text has {len(ids)}")
-    if chunk < 1:
-        raise UsageError(f"chunk is {chunk}; it is 1 or more")
+    ids = text_ids(engine, text, tokens)
     found: list[Routes] = []
     recorder.start()
     try:
-        for start in range(0, count, engine.plan.context_length):
-            end = min(count, start + engine.plan.context_length)
-            cache = engine.new_cache()
-            for place in range(start, end, chunk):
-                engine.forward(ids[place : min(place + chunk, end)], cache, last=1)
-                found.append(recorder.take())
-                if report is not None:
-                    report(min(place + chunk, end), count)
+        for done in read_through(engine, ids, chunk):
+            found.append(recorder.take())
+            if report is not None:
+                report(done, len(ids))
     finally:
         recorder.stop()
     return _trace(engine, np.concatenate(found), 0)
+
+
+def text_ids(engine: Engine, text: str, tokens: int | None = None) -> list[int]:
+    """A text's token ids, or the first `tokens` of them.
+
+    Raises:
+        UsageError: the text is empty or shorter than `tokens`.
+    """
+    ids: list[int] = engine.tokenizer(text, verbose=False)["input_ids"] if text else []
+    if not ids:
+        raise UsageError("the text is empty; give at least one token")
+    if tokens is not None and not 1 <= tokens <= len(ids):
+        raise UsageError(f"tokens is {tokens}; the text has {len(ids)}")
+    return ids[:tokens]
+
+
+def read_through(engine: Engine, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[int]:
+    """Let the model read tokens, `chunk` in one pass; yields after every pass how many were read.
+
+    Those beyond the plan's context are read in pieces of it, each as if nothing came before.
+    """
+    if chunk < 1:
+        raise UsageError(f"chunk is {chunk}; it is 1 or more")
+    for start in range(0, len(ids), engine.plan.context_length):
+        end = min(len(ids), start + engine.plan.context_length)
+        cache = engine.new_cache()
+        for place in range(start, end, chunk):
+            after = min(place + chunk, end)
+            engine.forward(ids[place:after], cache, last=1)
+            yield after
 
 
 def _recorder(engine: Engine) -> RouteRecorder:

@@ -25,7 +25,7 @@ LAYERS = [
     {"generation", "text"},
     {"engine"},
     {"bench", "pipeline", "recording"},
-    {"calibration", "evaluation"},
+    {"calibration", "evaluation", "learning"},
     {"reporting"},
     {"console"},
     {"cli_load", "console_allocate", "console_explain", "console_hardware"},

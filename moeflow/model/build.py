@@ -21,7 +21,7 @@ from moeflow.model.device_experts import DeviceRunner
 from moeflow.model.experts import IMPLEMENTATION, ExpertRunner, offloaded_experts
 from moeflow.model.linear import PackedLinear
 from moeflow.model.routers import find_routers
-from moeflow.offload.predictor import NextGate
+from moeflow.offload.predictor import next_gate
 from moeflow.schema import Plan
 
 __all__ = ["build_model"]
@@ -47,7 +47,7 @@ def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner | DeviceRun
     model.to(device).eval().requires_grad_(False)
     if plan.prefetch.depth and plan.strategy == "full":
         routers = find_routers(model, artifact.manifest.layers, plan.prefetch.experts, dtype)
-        runner.predictor = NextGate(routers, plan.prefetch.depth) if routers else None
+        runner.predictor = next_gate(routers, plan.prefetch.depth) if routers else None
     return model
 
 

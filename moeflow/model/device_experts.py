@@ -21,11 +21,11 @@ from moeflow.kernels.launcher import Launcher
 from moeflow.model.deferred import Deferred
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.inputs import Inputs
-from moeflow.model.recorder import RouteRecorder
+from moeflow.model.recorder import Recorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.device import DeviceCache
 from moeflow.offload.lanes import Lanes, Mark
-from moeflow.offload.predictor import NextGate
+from moeflow.offload.predictor import Guesser
 from moeflow.schema import Manifest
 
 __all__ = ["DeviceRunner", "gate_of", "unsupported_layout"]
@@ -70,9 +70,9 @@ class DeviceRunner:
         self._gemvs = [tuple(Gemv(launcher, m, cache.device) for m in y.matrices) for y in manifest.layouts]
         self._guess: Mark | None = None
         self._shown: Tensor | None = None  # what the side stream reads: its memory may not be given away before
-        self.predictor: NextGate | ForcedRoutes | None = None
+        self.predictor: Guesser | ForcedRoutes | None = None
         self.routes: ForcedRoutes | None = None
-        self.recorder: RouteRecorder | None = None
+        self.recorder: Recorder | None = None
         self.inputs = Inputs()
         """What packed products share; the model's."""
         self.deferring: Callable[[], bool] = bool
@@ -93,7 +93,7 @@ class DeviceRunner:
         if self.routes is not None:
             top_k_index = self.routes.chosen(layer, top_k_index)
         if self.recorder is not None:
-            self.recorder.note(layer, top_k_index, weights)
+            self.recorder.note(layer, hidden_states, top_k_index, weights)
         if self._streams(tokens, top_k_index.numel()):
             return self._many.run(layer, module, hidden_states, top_k_index, weights)
         cache, lanes = self.cache, self.lanes

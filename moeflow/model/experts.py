@@ -19,11 +19,11 @@ from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.launcher import Launcher
 from moeflow.kernels.publish import Publisher
 from moeflow.kernels.unpack import Unpacker, Workspace
-from moeflow.model.recorder import RouteRecorder
+from moeflow.model.recorder import Recorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache
-from moeflow.offload.predictor import NextGate
+from moeflow.offload.predictor import Guesser
 from moeflow.offload.stream import LayerStream
 from moeflow.schema import Manifest, PackedMatrix, Plan
 
@@ -65,9 +65,9 @@ class ExpertRunner:
             self._unpackers = [[Unpacker(launcher, m, dtype) for m in y.matrices] for y in manifest.layouts]
         self._cached: Sequence[Mapping[int, Tensor]] | None = None  # as the pass under way found the cache
         self._always_stream = always_stream or plan.strategy == "naive"
-        self.predictor: NextGate | ForcedRoutes | None = None
+        self.predictor: Guesser | ForcedRoutes | None = None
         self.routes: ForcedRoutes | None = None
-        self.recorder: RouteRecorder | None = None
+        self.recorder: Recorder | None = None
 
     def run(self, layer: int, module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
@@ -85,7 +85,7 @@ class ExpertRunner:
         if self.routes is not None:
             top_k_index = self.routes.chosen(layer, top_k_index)
         if self.recorder is not None:
-            self.recorder.note(layer, top_k_index, weights)
+            self.recorder.note(layer, hidden_states, top_k_index, weights)
         choices = top_k_index.numel()
         stream = self._stream_for(layer, choices)
         if stream is not None:  # before anything waits for the router: the link is not to wait with it

@@ -9,6 +9,7 @@ It keeps neither tokens nor text, and knows nothing of files.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,17 @@ from torch import Tensor
 from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.offload.trace import Routes
 
-__all__ = ["RouteRecorder"]
+__all__ = ["Recorder", "RouteRecorder"]
+
+
+class Recorder(Protocol):
+    """Is told of every layer of every pass."""
+
+    def note(self, layer: int, hidden_states: Tensor, index: Tensor, weights: Tensor, /) -> None:
+        """What a layer is about to run: hidden states [T, H], expert ids and the router's weights, [T, K] each."""
+
+    def end(self, tokens: int, /) -> None:
+        """A pass of so many tokens was computed or replayed, and counts; others are noted over."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +47,19 @@ class RouteRecorder:
         self._many: _Noted | None = None
         self._kept: list[_Noted] = []
         self._active = False
+        self.listener: Recorder | None = None
+        """Is told the same, of passes of more tokens than are captured."""
 
     def _room(self, tokens: int) -> _Noted:
         shape = (tokens, self._layers, self._top_k)
         ids = torch.empty(shape, dtype=torch.int16, device=self._device)
         return _Noted(ids, torch.empty(shape, dtype=torch.float32, device=self._device))
 
-    def note(self, layer: int, index: Tensor, weights: Tensor) -> None:
-        """What a layer is about to run: expert ids and the router's weights, [T, K] each. May be captured."""
+    def note(self, layer: int, hidden_states: Tensor, index: Tensor, weights: Tensor) -> None:
+        """As `Recorder.note`. May be captured."""
         tokens = index.shape[0]
+        if self.listener is not None and tokens > MOST_TOKENS:
+            self.listener.note(layer, hidden_states, index, weights)
         if tokens > MOST_TOKENS and layer == 0:
             self._many = self._room(tokens)
         target = self._few if tokens <= MOST_TOKENS else self._many
@@ -54,8 +69,10 @@ class RouteRecorder:
         torch.add(weights, 0, out=target.weights[:tokens, layer])
 
     def end(self, tokens: int) -> None:
-        """A pass of so many tokens was computed or replayed, and counts; others are noted over."""
+        """As `Recorder.end`."""
         many, self._many = self._many, None
+        if self.listener is not None and tokens > MOST_TOKENS:
+            self.listener.end(tokens)
         if not self._active:
             return
         if tokens > MOST_TOKENS:

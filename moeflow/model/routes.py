@@ -50,7 +50,7 @@ class ForcedRoutes:
         return self._chosen[layer][None]
 
     def guess(self, layer: int, hidden_states: Tensor) -> list[Tensor]:
-        """As `NextGate.guess`: ids [T, n] for the next layer."""
+        """As `Guesser.guess`: ids [T, n] for the next layer."""
         if self._guessed is None or layer + 1 == len(self._guessed) or hidden_states.shape[0] > 1:
             return []
         return [self._guessed[layer + 1][None]]

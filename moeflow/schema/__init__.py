@@ -27,6 +27,7 @@ from moeflow.schema.manifest import (
     Shard,
 )
 from moeflow.schema.plan import DecodeTime, MemoryBudget, Plan, PlannedPrefetch, Prediction, PrefillTime
+from moeflow.schema.predictor import PredictorCard, Recall, ReuseHits
 from moeflow.schema.profile import Cache, Memory, Prefetch, Profile
 from moeflow.schema.quantization import (
     BitsAndBytesScheme,
@@ -48,8 +49,8 @@ __all__ = [
     "BusState",
     "Cache",
     "Cpu",
-    "DenseScheme",
     "DecodeTime",
+    "DenseScheme",
     "Disk",
     "Divergence",
     "Document",
@@ -78,14 +79,17 @@ __all__ = [
     "Plan",
     "PlannedPrefetch",
     "Prediction",
-    "PrefillTime",
-    "Product",
+    "PredictorCard",
     "Prefetch",
+    "PrefillTime",
     "Probed",
+    "Product",
     "Profile",
     "Quantization",
+    "Recall",
     "ResidentMatrix",
     "ResidentRole",
+    "ReuseHits",
     "Scheme",
     "Segment",
     "Sensitivity",

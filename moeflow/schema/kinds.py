@@ -12,6 +12,7 @@ from moeflow.schema.evaluation import Evaluation, TaskEvaluation
 from moeflow.schema.hardware import HardwareProfile
 from moeflow.schema.manifest import Manifest
 from moeflow.schema.plan import Plan
+from moeflow.schema.predictor import PredictorCard
 from moeflow.schema.profile import Profile
 from moeflow.schema.sensitivity import Sensitivity
 from moeflow.schema.simulation import Simulation
@@ -20,7 +21,7 @@ __all__ = ["KINDS", "load_any"]
 
 KINDS: tuple[type[Document], ...] = (
     Profile, HardwareProfile, Plan, Manifest, Benchmark, Simulation, Sensitivity, Evaluation,
-    TaskEvaluation,
+    TaskEvaluation, PredictorCard,
 )  # fmt: skip
 
 

@@ -41,10 +41,13 @@ from moeflow.schema import (
     Plan,
     PlannedPrefetch,
     Prediction,
+    PredictorCard,
     Prefetch,
     PrefillTime,
     Profile,
     Quantization,
+    Recall,
+    ReuseHits,
     Sensitivity,
     Shard,
     SimulatedRow,
@@ -194,7 +197,19 @@ TASKS = TaskEvaluation(
         ),
     ),
 )  # fmt: skip
-DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY, EVALUATION, TASKS]
+PREDICTOR = PredictorCard(
+    model="m",
+    routers="0" * 64,
+    hidden=8,
+    experts=(4, 4),
+    depth=1,
+    reuse=0.5,
+    tokens=4096,
+    held_out=512,
+    recalls=(Recall(depth=1, fetched=2, learned=0.75, gate=0.5),),
+    hits=(ReuseHits(k=2, lru=0.5, learned=0.625, optimum=0.75),),
+)
+DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY, EVALUATION, TASKS, PREDICTOR]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
 
 
