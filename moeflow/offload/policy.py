@@ -95,7 +95,7 @@ class _Scored:
             return expert
         victim = None
         if len(self._kept) == self.capacity:
-            victim = min(self._kept, key=lambda e: self._scores[e])  # min keeps the first of equals
+            victim = min(self._kept, key=self._scores.__getitem__)  # min keeps the first of equals
             del self._kept[victim]
         self._kept[expert] = None
         return victim
