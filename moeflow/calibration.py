@@ -7,10 +7,13 @@ weights, whose layers are counted and whose products are known. Nothing here run
 
 from __future__ import annotations
 
+import importlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from moeflow.planning.rates import DENSE, PER_EXPERT, format_of
 from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.cuda import event_timer
 from moeflow.progress import Progress, silent
-from moeflow.schema import BitsAndBytesScheme, HardwareProfile, HqqScheme, Kernels, Product, Profile, Scheme
+from moeflow.schema import BitsAndBytesScheme, BlobLayout, HardwareProfile, HqqScheme, Kernels, Product, Profile, Scheme
 
 __all__ = ["SCHEMES", "SHAPES", "SmallModel", "calibrated", "fitted", "graph_seconds", "layer_seconds", "product_times"]
 
@@ -53,6 +56,8 @@ QUANTIZATION = {
 DEPTHS = (8, 24)  # layers of the two models: with fewer, the host's own work would be what is timed
 RATE_STEP = 1_000_000_000  # bytes a second; finer digits differ from run to run
 LEAST = 1e-7  # seconds of a latency, which noise may turn negative
+COMPILERS = 4  # threads; on a machine that compiles its first kernels, 35 of them took 15 s one after the other
+SMALL_MODEL = "transformers.models.mixtral.modeling_mixtral"  # 9 s to import where the disk is cold, so imported beside
 
 
 def calibrated(hardware: HardwareProfile, progress: Progress = silent) -> HardwareProfile:
@@ -64,6 +69,8 @@ def calibrated(hardware: HardwareProfile, progress: Progress = silent) -> Hardwa
     if hardware.gpu is None or hardware.gpu.memory_bandwidth is None:
         return hardware
     launcher, products = cuda_launcher(torch.device("cuda")), {}
+    progress("compiling", 0, len(SCHEMES) + len(DEPTHS))
+    _compile(launcher)
     for done, scheme in enumerate(SCHEMES):
         progress("timing products", done, len(SCHEMES) + len(DEPTHS))
         times = [each for shape in SHAPES.values() for each in product_times(launcher, scheme, *shape)]
@@ -83,23 +90,42 @@ def product_times(
     launcher: CudaLauncher, scheme: Scheme, hidden: int, intermediate: int, top_k: int
 ) -> list[tuple[float, float]]:
     """Bytes and seconds of the two products of a layer's chosen experts, gate and up first."""
-    device = torch.device("cuda")
     layout = expert_layout(hidden, intermediate, scheme, "bfloat16")
     sets = max(2, -(-POOL // (layout.nbytes * top_k)))
+    works = _products(launcher, layout, top_k, sets)
+    return [(float(top_k * nbytes), graph_seconds(work) / sets) for nbytes, work in works]
+
+
+def _products(
+    launcher: CudaLauncher, layout: BlobLayout, top_k: int, sets: int
+) -> Iterator[tuple[int, Callable[[], list[torch.Tensor]]]]:
+    """Bytes of each matrix, and what multiplies `top_k` of them `sets` times, other ones each time."""
+    device = torch.device("cuda")
     pool = torch.randint(0, 60, (sets * top_k, layout.nbytes), dtype=torch.uint8, device=device)  # finite halves
     order = torch.arange(sets * top_k, dtype=torch.int32, device=device).view(sets, top_k)
-    found = []
     for matrix, share in zip(layout.matrices, (top_k, 1), strict=True):
         gemv = Gemv(launcher, matrix, device)
         x = gemv.prepare(torch.randn(top_k // share, matrix.columns, device=device))
         jobs = [Jobs(pool, row, top_k, share) for row in order]
-        seconds = graph_seconds(partial(_multiply, gemv, x, jobs)) / sets
-        found.append((float(top_k * sum(s.nbytes for s in matrix.segments)), seconds))
-    return found
+        yield sum(s.nbytes for s in matrix.segments), partial(_multiply, gemv, x, jobs)
 
 
 def _multiply(gemv: Gemv, x: Prepared, jobs: Sequence[Jobs]) -> list[torch.Tensor]:
     return [gemv.multiply(x, each) for each in jobs]
+
+
+def _compile(launcher: CudaLauncher) -> None:
+    """Make every kernel of the products ready, several at once: the compiler works without Python's lock."""
+
+    def once(scheme: Scheme, hidden: int, intermediate: int, top_k: int) -> None:
+        for _, work in _products(launcher, expert_layout(hidden, intermediate, scheme, "bfloat16"), top_k, 1):
+            work()
+
+    with ThreadPoolExecutor(COMPILERS + 1) as pool:
+        waits: list[Future[Any]] = [pool.submit(importlib.import_module, SMALL_MODEL)]
+        waits += [pool.submit(once, scheme, *shape) for scheme in SCHEMES for shape in SHAPES.values()]
+        for each in waits:
+            each.result()
 
 
 def graph_seconds(work: Callable[[], object], repeats: int = 20) -> float:

@@ -1,11 +1,11 @@
-"""`moeflow eval` and `eval-grid`: how well packed models predict a text, beside their bytes and speed."""
+"""`moeflow eval` and `eval-grid`: how well packed models predict a text or do tasks, beside their bytes and speed."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from moeflow.errors import UsageError
 
 if TYPE_CHECKING:
     from moeflow.evaluation.run import Text
-    from moeflow.schema import Evaluation
+    from moeflow.schema import Document, Evaluation, TaskEvaluation
 
 __all__ = ["evaluate", "evaluate_grid"]
 
@@ -22,10 +22,14 @@ Dataset = Annotated[
     str | None, typer.Option(help="wikitext-2, c4 or ptb, through the library `datasets`; in place of --text.")
 ]
 Reference = Annotated[
-    Path | None, typer.Option(help="The same model packed with backend none: adds KL divergence and agreement.")
+    Path | None,
+    typer.Option(help="The same model packed with backend none: adds KL divergence and agreement, or its scores."),
 ]
 Context = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of a window; default: 2048, or the model's own if less.")
+    int | None,
+    typer.Option(
+        min=2, help="Tokens of a window; default: 2048, or the model's own if less. Of a request: the artifact's."
+    ),
 ]
 Stride = Annotated[
     int | None, typer.Option(min=1, help="Tokens between windows' starts; default: 512, or the context if less.")
@@ -33,6 +37,15 @@ Stride = Annotated[
 Tokens = Annotated[int | None, typer.Option("--tokens", "-n", min=2, help="Of the text's beginning.")]
 Markdown = Annotated[Path | None, typer.Option(help="Append a section in Markdown.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a picture (PNG): perplexity over size.")]
+Tasks = Annotated[
+    str | None, typer.Option(help="Tasks of lm_eval, with commas between, such as mmlu,arc_easy; in place of --text.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Of tasks: questions of each, at most.")]
+Shots = Annotated[
+    int | None, typer.Option("--num-fewshot", min=0, help="Of tasks: examples before each question; default: its own.")
+]
+TaskFiles = Annotated[Path | None, typer.Option(help="Of tasks: a directory with tasks of your own, in YAML.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Of tasks: put questions through the model's chat template.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -40,18 +53,31 @@ def evaluate(
     artifact: Annotated[Path, typer.Argument(help="Directory that `moeflow pack` wrote.", show_default=False)],
     text: File = None,
     dataset: Dataset = None,
+    tasks: Tasks = None,
     reference: Reference = None,
     context: Context = None,
     stride: Stride = None,
     tokens: Tokens = None,
+    limit: Limit = None,
+    num_fewshot: Shots = None,
+    task_files: TaskFiles = None,
+    chat: Chat = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the result as JSON.")] = None,
     markdown: Markdown = None,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity of a text, and divergence from the unquantized model, beside bytes and speed."""
+    """Measure perplexity, divergence from the unquantized model, or scores of tasks, beside bytes and speed."""
     from moeflow.reporting import picture
 
+    of_tasks = {"--limit": limit, "--num-fewshot": num_fewshot, "--task-files": task_files, "--chat": chat or None}
+    if tasks is not None:
+        texts = {"--text": text, "--dataset": dataset, "--stride": stride, "--tokens": tokens, "--plot": plot}
+        _refuse(texts, "is for texts; --tasks goes without it")
+        scored = _run_tasks(artifact, tasks, reference, context, limit, num_fewshot, task_files, chat)
+        _show_tasks(scored, output, markdown, as_json)
+        return
+    _refuse(of_tasks, "is for tasks: name some with --tasks")
     if plot is not None:
         picture.check(plot)
     found = _run(artifact, _text(text, dataset, context, stride, tokens), reference)
@@ -109,7 +135,9 @@ def _text(path: Path | None, dataset: str | None, context: int | None, stride: i
     from moeflow.evaluation.texts import dataset_text, file_text
 
     if (path is None) == (dataset is None):
-        raise UsageError("give --text with a file, or --dataset with wikitext-2, c4 or ptb: one of the two")
+        raise UsageError(
+            "give --text with a file, or --dataset with wikitext-2, c4 or ptb: one of the two (or, to `eval`, --tasks)"
+        )
     content = file_text(path) if path is not None else dataset_text(dataset or "")
     return Text(path.name if path is not None else dataset or "", content, context, stride, tokens)
 
@@ -124,20 +152,54 @@ def _run(artifact: Path, text: Text, reference: Path | None) -> Evaluation:
         )
 
 
+def _refuse(given: dict[str, Any], why: str) -> None:
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"{names[0]} {why}")
+
+
+def _run_tasks(
+    artifact: Path, names: str, reference: Path | None, context: int | None, limit: int | None, shots: int | None,
+    files: Path | None, chat: bool,
+) -> TaskEvaluation:  # fmt: skip
+    from moeflow.console import err
+    from moeflow.evaluation.tasks import Asked, evaluate_tasks
+
+    wanted = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not wanted:
+        raise UsageError("--tasks names none; give some with commas between: mmlu,arc_easy")
+    asked = Asked(wanted, limit, shots, files, chat, context)
+    with err.status("reading tasks") as status:
+        return evaluate_tasks(
+            artifact, asked, reference, lambda what, done, total: status.update(f"{what}: {done:,} of {total:,}")
+        )
+
+
+def _show_tasks(found: TaskEvaluation, output: Path | None, markdown: Path | None, as_json: bool) -> None:
+    from moeflow.reporting import tasks
+
+    typer.echo(tasks.json_line(found) if as_json else tasks.table(found), nl=as_json)
+    _write(found, output, tasks.markdown(found), markdown)
+
+
 def _show(found: Evaluation, output: Path | None, markdown: Path | None, plot: Path | None, as_json: bool) -> None:
     """Print the result, and write what was asked for."""
     from moeflow.console import say
-    from moeflow.files import storage_errors
     from moeflow.reporting import quality
 
     typer.echo(quality.json_line(found) if as_json else quality.table(found), nl=as_json)
-    if output is not None:
-        found.save(output)
-    if markdown is not None:
-        with storage_errors(markdown, "write"), markdown.open("a", encoding="utf-8") as stream:
-            stream.write("\n" + quality.markdown(found))
+    _write(found, output, quality.markdown(found), markdown)
     if plot is not None:
         from moeflow.reporting.tradeoff import plot as draw
 
         draw(found, plot)
         say(f"wrote {plot}")
+
+
+def _write(found: Document, output: Path | None, section: str, markdown: Path | None) -> None:
+    from moeflow.files import storage_errors
+
+    if output is not None:
+        found.save(output)
+    if markdown is not None:
+        with storage_errors(markdown, "write"), markdown.open("a", encoding="utf-8") as stream:
+            stream.write("\n" + section)

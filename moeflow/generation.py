@@ -152,29 +152,33 @@ class Session:
 
     def prefill(self, prompt: list[int]) -> Tensor:
         """Logits [V] after `prompt`, computing only what differs from the tokens already there."""
+        return self.extend(prompt[self.keep(prompt, len(prompt) - 1) :], self._engine.prefill)
+
+    def keep(self, prompt: Sequence[int], most: int) -> int:
+        """Forget all tokens but those that `prompt` begins with, and of these all but `most`; how many are left."""
         if self._cache.stale:
             self._renew()
         ids = self.settle()
         kept = 0
-        while kept < min(len(ids), len(prompt) - 1) and ids[kept] == prompt[kept]:
+        while kept < min(len(ids), most) and ids[kept] == prompt[kept]:
             kept += 1
         if self._cache.crop(kept):
             del self._ids[kept:]
-        else:
-            self._renew()
-            kept = 0
-        return self._run(prompt[kept:], self._engine.prefill)
+            return kept
+        self._renew()
+        return 0
 
     def step(self, token: int | Choice) -> Tensor:
         """Logits [V] after one more token."""
         if self._cache.stale:  # another session was begun on this engine meanwhile
             ids = [*self.settle(), token.read() if isinstance(token, Choice) else token]
             self._renew()
-            return self._run(ids, self._engine.prefill)
+            return self.extend(ids, self._engine.prefill)
         given = token.token if isinstance(token, Choice) else [token]
-        return self._run([token], lambda _, cache: self._engine.forward(given, cache)[-1])
+        return self.extend([token], lambda _, cache: self._engine.forward(given, cache)[-1])
 
-    def _run(self, ids: Sequence[int | Choice], compute: Callable[[Any, Any], Tensor]) -> Tensor:
+    def extend(self, ids: Sequence[int | Choice], compute: Callable[[Any, Any], Tensor]) -> Tensor:
+        """What `compute` returns for `ids` and the cache, to which it appends them."""
         try:
             logits = compute(ids, self._cache)
         except BaseException:  # some layers may hold the tokens and some not

@@ -69,6 +69,10 @@ def arguments_of(case: str, artifact: Path, text: Path) -> list[str | Path]:
         "no artifact": ["eval", text.parent, "--text", text],
         "reference": ["eval", artifact, "--text", text, "--reference", artifact],
         "picture": ["eval", artifact, "--text", text, "--plot", "a.pdf"],
+        "text and tasks": ["eval", artifact, "--text", text, "--tasks", "mmlu"],
+        "limit of a text": ["eval", artifact, "--text", text, "--limit", "3"],
+        "stride of tasks": ["eval", artifact, "--tasks", "mmlu", "--stride", "3"],
+        "no tasks": ["eval", artifact, "--tasks", " ,"],
         "scheme": ["eval-grid", "demo", "-o", text.parent, "--experts", "x", "--text", text],
     }[case]
 
@@ -86,6 +90,10 @@ def arguments_of(case: str, artifact: Path, text: Path) -> list[str | Path]:
         ("no artifact", 5, "no manifest.json"),
         ("reference", 2, "is quantized"),
         ("picture", 2, "a plot is written as PNG"),
+        ("text and tasks", 2, "--text is for texts; --tasks goes without it"),
+        ("limit of a text", 2, "--limit is for tasks: name some with --tasks"),
+        ("stride of tasks", 2, "--stride is for texts"),
+        ("no tasks", 2, "--tasks names none"),
         ("scheme", 2, "'x' is no scheme"),
     ],
 )

@@ -2,7 +2,7 @@
 
     python tools/predictions.py measure sweep.json [SET ...]   # on a CUDA device, about five minutes for all sets
     python tools/predictions.py compare docs/measured/*.json --plot docs/images/predictions.png
-    python tools/predictions.py search found.json              # the planner's choice beside its neighbours
+    python tools/predictions.py search found.json [NAME ...]   # the planner's choice beside its neighbours
 
 Measuring and comparing are apart, so that a change of the cost model is judged by figures that it did not see. Every
 set is one model in random weights; routes are forced, as each row says.
@@ -155,11 +155,12 @@ def predicted(row: BenchmarkRow, hardware: HardwareProfile, sizes: ModelSizes) -
     return found
 
 
-def search(path: Path) -> None:
+def search(path: Path, names: list[str]) -> None:
     """Measure the planner's choice and its neighbours."""
     hardware, limits = pipeline.resolve_hardware("auto"), measure_limits()
     rows: list[BenchmarkRow] = []
-    for name, group in CHOICES.items():
+    for name in names or CHOICES:
+        group = CHOICES[name]
         (chosen,) = measured(replace(group, cases=(Case(None, "markov"),)), hardware)
         most = int(chosen.k)
         grid = itertools.product((most, most * 3 // 4, most // 2), (True, False), ("lru", "lfu"))
@@ -260,6 +261,7 @@ def main() -> None:
     measuring.add_argument("sets", nargs="*", choices=[[], *SETS], default=[])
     searching = actions.add_parser("search")
     searching.add_argument("path", type=Path)
+    searching.add_argument("names", nargs="*", choices=[[], *CHOICES], metavar="NAME")
     comparing = actions.add_parser("compare")
     comparing.add_argument("paths", type=Path, nargs="+")
     comparing.add_argument("--hardware", default="h100-80gb", help="the machine's name in hardware/, or a path")
@@ -268,7 +270,7 @@ def main() -> None:
     if arguments.action == "measure":
         measure(arguments.path, arguments.sets)
     elif arguments.action == "search":
-        search(arguments.path)
+        search(arguments.path, arguments.names)
     else:
         compare(arguments.paths, find_hardware(arguments.hardware), arguments.plot)
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from moeflow.engine import Engine
 from moeflow.errors import ArtifactError, UsageError
-from moeflow.evaluation.windows import scored, windows
+from moeflow.evaluation.windows import passes, scored, windows
 from moeflow.planning.planner import PREFILL_CHUNK
 from moeflow.schema import Divergence
 
@@ -103,16 +103,13 @@ class _Passes:
         for window in windows(len(self._ids), context, stride):
             cache = self._engine.new_cache()
             # The window's last token predicts none of its own, so it is not run.
-            for start in range(window.begin, window.end - 1, PREFILL_CHUNK):
-                stop = min(start + PREFILL_CHUNK, window.end - 1)
-                first = max(start + 1, window.first)
-                wanted = max(0, stop + 1 - first)
+            for start, stop, wanted in passes(window.begin, window.end - 1, window.first, PREFILL_CHUNK):
                 begin = time.perf_counter()
                 logits = self._engine.forward(self._ids[start:stop], cache, last=max(1, wanted)).float().cpu()
                 self.seconds += time.perf_counter() - begin
                 self.computed += stop - start
                 if wanted:
-                    yield first, logits
+                    yield stop + 1 - wanted, logits
 
 
 def _nll(logits: Tensor, targets: Tensor) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from moeflow.probe.environment import environment
 from moeflow.schema import DenseScheme, Divergence, Evaluated, Evaluation, Manifest, TextProtocol
 from moeflow.text import TextCodec
 
-__all__ = ["Text", "check_reference", "evaluate", "protocol"]
+__all__ = ["Text", "check_context", "check_reference", "evaluate", "heading", "protocol", "sizes"]
 
 CONTEXT, STRIDE = 2048, 512
 
@@ -60,8 +61,7 @@ def protocol(directory: Path, most: int, text: Text) -> tuple[list[int], TextPro
     """
     context = min(CONTEXT, most) if text.context is None else text.context
     stride = min(STRIDE, context) if text.stride is None else text.stride
-    if context > most:
-        raise UsageError(f"context is {context}; the model was made for no more than {most}")
+    check_context(context, most)
     ids = TextCodec(directory).encode(text.content)[: text.tokens]
     check(len(ids), context, stride)
     return ids, TextProtocol(
@@ -72,6 +72,12 @@ def protocol(directory: Path, most: int, text: Text) -> tuple[list[int], TextPro
         context=context,
         stride=stride,
     )
+
+
+def check_context(context: int, most: int) -> None:
+    """Refuses a context of more tokens than the model was made for."""
+    if context > most:
+        raise UsageError(f"context is {context}; the model was made for no more than {most}")
 
 
 def check_reference(source: str, digest: str, reference: Artifact) -> None:
@@ -125,15 +131,31 @@ def evaluate(
         check_reference(opened.manifest.model.source, opened.manifest.model.source_digest, other)
     ids, cut = protocol(opened.directory, opened.manifest.model.max_context, text)
     rows = [_row(opened, ids, cut, report)] if other is None else _compared(opened, other, ids, cut, report)
-    return Evaluation(
-        command=shlex.join(["moeflow", *sys.argv[1:]]),
-        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        environment=environment(),
-        model=opened.manifest.model.source,
-        source_digest=opened.manifest.model.source_digest,
-        protocol=cut,
-        rows=tuple(rows),
-    )
+    return Evaluation(**heading(opened.manifest), protocol=cut, rows=tuple(rows))
+
+
+def heading(manifest: Manifest) -> dict[str, Any]:
+    """What every evaluation of a model begins with: this command, now, here."""
+    return {
+        "command": shlex.join(["moeflow", *sys.argv[1:]]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "environment": environment(),
+        "model": manifest.model.source,
+        "source_digest": manifest.model.source_digest,
+    }
+
+
+def sizes(manifest: Manifest) -> dict[str, Any]:
+    """What every row says of its packing."""
+    return {
+        "experts": manifest.quantization.experts.label,
+        "attention": manifest.quantization.attention.label,
+        "quantization": str(manifest.quantization),
+        "expert_nbytes": manifest.expert_nbytes,
+        "expert_parameters": manifest.model.expert_parameters,
+        "nbytes": sum(shard.nbytes for shard in manifest.shards),
+        "parameters": manifest.model.parameters,
+    }
 
 
 def _compared(
@@ -162,13 +184,7 @@ def _row(
         found = perplexity(engine, ids, cut.context, cut.stride, take, lambda done, total: report(label, done, total))
         device, dtype = engine.plan.device, engine.plan.dtype
     return Evaluated(
-        experts=manifest.quantization.experts.label,
-        attention=manifest.quantization.attention.label,
-        quantization=label,
-        expert_nbytes=manifest.expert_nbytes,
-        expert_parameters=manifest.model.expert_parameters,
-        nbytes=sum(shard.nbytes for shard in manifest.shards),
-        parameters=manifest.model.parameters,
+        **sizes(manifest),
         device=device,
         dtype=dtype,
         nll=found.nll,

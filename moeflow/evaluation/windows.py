@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moeflow.errors import UsageError
 
-__all__ = ["Window", "check", "scored", "windows"]
+__all__ = ["Window", "check", "passes", "scored", "windows"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ def _windows(count: int, context: int, stride: int) -> Iterator[Window]:
         covered = end
         if end == count:
             return
+
+
+def passes(begin: int, end: int, first: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """Tokens `begin` to `end` (exclusive) in passes of at most `size`, to predict those from `first` on.
+
+    Returns:
+        Of each pass its begin, its end, and after how many of its last tokens logits are wanted.
+    """
+    for start in range(begin, end, size):
+        stop = min(start + size, end)
+        yield start, stop, max(0, stop + 1 - max(start + 1, first))
 
 
 def scored(count: int, context: int, stride: int) -> int:

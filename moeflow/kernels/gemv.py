@@ -228,7 +228,7 @@ class Gemv:
         return out
 
     def _share(self, tokens: int, choices: int) -> tuple[int, int]:
-        """Rows of a warp, and threads of a block: as `tools/kernels.py --sweep` found them fastest on an H100.
+        """Rows of a warp, and threads of a block: as `tools/kernel_speed.py --sweep` found them fastest on an H100.
 
         More rows share the activations that a lane has read; fewer keep all multiprocessors busy, and registers few.
         """

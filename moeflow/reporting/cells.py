@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from moeflow.reporting.paper import ROWS, paper_speed
-from moeflow.schema import Benchmark, BenchmarkRow, Environment, Evaluation
+from moeflow.schema import Benchmark, BenchmarkRow, Environment, Evaluation, TaskEvaluation
 from moeflow.schema.units import format_rate, format_size
 
 __all__ = [
@@ -208,7 +208,7 @@ def hardware(where: Environment) -> str:
     return f"{', '.join(parts)}, {_size(where.ram)}"
 
 
-def versions(run: Benchmark | Evaluation) -> str:
+def versions(run: Benchmark | Evaluation | TaskEvaluation) -> str:
     """Of everything that the figures depend on."""
     where = run.environment
     parts = [

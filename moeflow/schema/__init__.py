@@ -2,7 +2,17 @@
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.benchmark import Benchmark, BenchmarkRow, Environment, Limits
-from moeflow.schema.evaluation import Divergence, Evaluated, Evaluation, TextProtocol
+from moeflow.schema.evaluation import (
+    Divergence,
+    Evaluated,
+    Evaluation,
+    Measured,
+    TaskEvaluation,
+    TaskProtocol,
+    TaskScore,
+    TasksDone,
+    TextProtocol,
+)
 from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Probed
 from moeflow.schema.kernels import Kernels, Product
 from moeflow.schema.link import BusState, Link, LinkPoint, Pcie
@@ -57,6 +67,7 @@ __all__ = [
     "Link",
     "LinkPoint",
     "Manifest",
+    "Measured",
     "Memory",
     "MemoryBudget",
     "ModelFacts",
@@ -81,6 +92,10 @@ __all__ = [
     "Shard",
     "SimulatedRow",
     "Simulation",
+    "TaskEvaluation",
+    "TaskProtocol",
+    "TaskScore",
+    "TasksDone",
     "TextProtocol",
     "Timing",
 ]

@@ -1,4 +1,4 @@
-"""How well packed models predict a text: one run of `moeflow eval`, or a grid of them, on one text by one protocol.
+"""How well packed models do: `moeflow eval` on one text by one protocol, or a grid of such, or on tasks of lm_eval.
 
 Sums and counts are stored; perplexity, means and bits a weight follow by properties, so that no two figures of a
 document can disagree. Likelihoods are in nats. Sizes are whole bytes and leave nothing out: scales, zeros and padding
@@ -15,7 +15,10 @@ from pydantic import Field
 from moeflow.schema.base import Document, Part
 from moeflow.schema.benchmark import Environment
 
-__all__ = ["Divergence", "Evaluated", "Evaluation", "TextProtocol"]
+__all__ = [
+    "Divergence", "Evaluated", "Evaluation", "Measured", "TaskEvaluation", "TaskProtocol", "TaskScore", "TasksDone",
+    "TextProtocol",
+]  # fmt: skip
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -48,8 +51,8 @@ class Divergence(Part):
     """Tokens for which both models hold the same one likeliest."""
 
 
-class Evaluated(Part):
-    """One packed model and what it did."""
+class Measured(Part):
+    """One packed model, and what running it took."""
 
     experts: str
     """The quantization's label, such as `2-bit g16 meta8`."""
@@ -65,14 +68,10 @@ class Evaluated(Part):
     device: str
     dtype: str
     """In which activations are computed."""
-    nll: Amount
-    """Sum of the negative log-likelihood of the scored tokens, in nats."""
     computed: Positive
-    """Tokens that went through the model: windows overlap."""
+    """Tokens that went through the model: windows overlap, requests share beginnings."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """In the model's passes, loading and scoring left out."""
-    divergence: Divergence | None = None
-    """None where there was nothing to compare with."""
 
     @property
     def expert_bits(self) -> float:
@@ -86,14 +85,21 @@ class Evaluated(Part):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of teacher-forced passes: many tokens at once, as in prefill."""
+        """Of the passes: many tokens at once, as in prefill, save where a task has answers written."""
         return self.computed / self.seconds
 
 
-class Evaluation(Document):
-    """One text, one protocol, one or more packings of one model."""
+class Evaluated(Measured):
+    """One packed model and how it predicted the text."""
 
-    kind: ClassVar[str] = "evaluation"
+    nll: Amount
+    """Sum of the negative log-likelihood of the scored tokens, in nats."""
+    divergence: Divergence | None = None
+    """None where there was nothing to compare with."""
+
+
+class _Run(Document):
+    """What ran, when, where, and of which model."""
 
     command: str
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
@@ -103,6 +109,13 @@ class Evaluation(Document):
     """As its profile named it."""
     source_digest: str
     """Of the checkpoint, as in the manifest."""
+
+
+class Evaluation(_Run):
+    """One text, one protocol, one or more packings of one model."""
+
+    kind: ClassVar[str] = "evaluation"
+
     protocol: TextProtocol
     rows: tuple[Evaluated, ...] = Field(min_length=1)
 
@@ -118,3 +131,63 @@ class Evaluation(Document):
     def agreement(self, row: Evaluated) -> float | None:
         """Share of tokens."""
         return row.divergence.agreed / self.protocol.scored if row.divergence else None
+
+
+class TaskProtocol(Part):
+    """Which tasks were asked for, and how."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    """Of tasks, groups or tags, as lm_eval knows them."""
+    harness: str
+    """lm_eval's version."""
+    limit: Positive | None
+    """Questions of each task, at most; None is all."""
+    shots: Count | None
+    """Examples before each question; None leaves it to the task."""
+    chat: bool
+    """Whether prompts went through the model's chat template."""
+    context: Positive
+    """Tokens of a request, at most."""
+
+
+class TaskScore(Part):
+    """One metric of one task or group."""
+
+    task: str
+    depth: Count
+    """0 for what stands alone or on top, 1 for the members of that group, and so on."""
+    metric: str
+    filter: str
+    """What is done to answers before they are counted; `none` is nothing."""
+    value: Annotated[float, Field(allow_inf_nan=False)] | None
+    """None where it is no number."""
+    stderr: Annotated[float, Field(allow_inf_nan=False)] | None
+    """None where lm_eval gives none."""
+    higher_is_better: bool | None
+    samples: Positive
+    """Questions, or texts."""
+    shots: Count | None
+    """None for a group whose members differ or do not say."""
+    version: str | None
+    """Of the task's definition."""
+
+
+class TasksDone(Measured):
+    """One packed model and its scores."""
+
+    requests: Positive
+    """Continuations, windows of texts, and answers."""
+    truncated: Count
+    """Requests that lost the beginning of their context, for lack of room."""
+    tokens: Positive
+    """Of all requests, each by itself; fewer are computed, since what they share is computed once."""
+    scores: tuple[TaskScore, ...] = Field(min_length=1)
+
+
+class TaskEvaluation(_Run):
+    """Some tasks of lm_eval, one or more packings of one model."""
+
+    kind: ClassVar[str] = "task evaluation"
+
+    tasks: TaskProtocol
+    rows: tuple[TasksDone, ...] = Field(min_length=1)

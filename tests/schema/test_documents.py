@@ -49,6 +49,10 @@ from moeflow.schema import (
     Shard,
     SimulatedRow,
     Simulation,
+    TaskEvaluation,
+    TaskProtocol,
+    TaskScore,
+    TasksDone,
     TextProtocol,
     Timing,
 )
@@ -171,7 +175,26 @@ EVALUATION = Evaluation(
         ),
     ),
 )  # fmt: skip
-DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY, EVALUATION]
+TASKS = TaskEvaluation(
+    command="moeflow eval artifacts/a --tasks mmlu",
+    date="2026-11-25T14:05:00Z",
+    environment=BENCHMARK.environment,
+    model="x/y",
+    source_digest=DIGEST,
+    tasks=TaskProtocol(names=("mmlu",), harness="0.4.13", limit=None, shots=5, chat=False, context=4096),
+    rows=(
+        TasksDone(
+            experts="2-bit g64", attention="4-bit g64", quantization="experts 2-bit g64, attention 4-bit g64",
+            expert_nbytes=300, expert_parameters=1000, nbytes=900, parameters=2000, device="cpu", dtype="float32",
+            computed=180, seconds=0.5, requests=40, truncated=1, tokens=700,
+            scores=(
+                TaskScore(task="mmlu", depth=0, metric="acc", filter="none", value=1 / 3, stderr=None,
+                          higher_is_better=True, samples=10, shots=None, version="2"),
+            ),
+        ),
+    ),
+)  # fmt: skip
+DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY, EVALUATION, TASKS]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
 
 

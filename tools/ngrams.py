@@ -1,4 +1,4 @@
-"""N-gram baselines that the demo model must beat: a smoothed unigram and a Kneser-Ney 5-gram.
+"""N-gram baselines that a trained model must beat: a smoothed unigram and a Kneser-Ney 5-gram.
 
 What: held-out negative log-likelihood of both, over the same tokens and the same split as the model's.
 Why so: a perplexity says nothing alone. Modified interpolated Kneser-Ney (Chen and Goodman 1999) is the

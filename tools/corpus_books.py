@@ -1,11 +1,11 @@
-"""Readers that turn Debian text packages into plain English documents for the demo model.
+"""Readers that turn Debian text packages of books into plain English documents.
 
 What: one function per source; each returns `Document`s (chapters, plays, psalms, dictionary letters)
 in the order of the book, as ASCII paragraphs separated by blank lines.
 Why so: the three container formats (SWORD zText/zCom modules, R lazy-load databases, dictd files) are
 zlib streams with small indexes, so reading them here is shorter and more repeatable than installing and
 driving each format's own program, and gives the same bytes on every machine.
-What it does not do: download packages or decide what is held out (see demo_corpus.py); it is no general
+What it does not do: download packages or decide what is held out (see corpus_sources.py); it is no general
 reader of those formats, only of the modules named here.
 """
 
@@ -23,10 +23,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Document:
-    """One contiguous piece of a source: `key` names it ("Gen.1", "hamlet"), `text` is clean ASCII."""
+    """One contiguous piece of a source: `key` names it ("Gen.1", "hamlet"); text of books is clean ASCII."""
 
     key: str
     text: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of UTF-8."""
+        return len(self.text.encode())
 
 
 PUNCTUATION = str.maketrans(
@@ -181,10 +186,11 @@ def dictionary_letters(archive: Path, first_entry: str) -> list[Document]:
     text = text[text.index(first_entry) :]
     text = re.sub(r"(?m)^ ?/[^\n]*/,? ", " ", text)  # pronunciations
     paragraphs = unwrap(text.replace("{", "").replace("}", ""))
-    documents, run = [], []
+    documents, run, length = [], [], 0
     for paragraph in paragraphs:
         run.append(paragraph)
-        if sum(map(len, run)) > 20_000:
+        length += len(paragraph)
+        if length > 20_000:
             documents.append(Document(f"part.{len(documents) + 1}", tidy(run)))
-            run = []
+            run, length = [], 0
     return [*documents, Document(f"part.{len(documents) + 1}", tidy(run))]

@@ -1,7 +1,7 @@
 """How near the kernels come to the device's limits: products at real shapes, copies from registered memory.
 
-Run on a CUDA device: `python tools/kernels.py`; `--sweep` tries other shares of rows and threads for the products: the
-numbers in `Gemv._share` come from there. Each product is timed in a CUDA graph over several copies of its matrices,
+Run on a CUDA device: `python tools/kernel_speed.py`; `--sweep` tries other shares of rows and threads for the products:
+the numbers in `Gemv._share` come from there. Each product is timed in a CUDA graph over several copies of its matrices,
 more than the L2 cache holds, by events; the memory's and the copy engine's own rates come from the same run.
 """
 
