@@ -67,7 +67,7 @@ Strategy = Annotated[
     typer.Option("--ablation", help="Row of the paper's ablation."),
 ]
 Slots = Annotated[int | None, typer.Option("--experts-per-layer", "-k", min=0, help="Cached experts per layer.")]
-Policy = Annotated[Literal["lru", "lfu"] | None, typer.Option(help="Cache policy.")]
+Policy = Annotated[Literal["lru", "lfu", "mix", "static"] | None, typer.Option(help="Cache policy.")]
 Artifact = Annotated[Path, typer.Argument(help="Directory that `moeflow pack` wrote.", show_default=False)]
 
 

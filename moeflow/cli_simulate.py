@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,8 +15,8 @@ from moeflow.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from moeflow.offload.trace import Routes
+    from moeflow.planning.fitting import Fit
     from moeflow.schema import Guessing, Simulation
-    from moeflow.schema.profile import Policy
 
 __all__ = ["simulate"]
 
@@ -54,8 +54,19 @@ def simulate(
         typer.Option("--experts-per-layer", "-k", min=0, help="Slots per layer, repeatable; default: a range."),
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="Cache policy, lru or lfu, repeatable; default: lru.")
+        list[str] | None, typer.Option(help="Cache policy: lru, lfu, mix or static; repeatable; default: lru.")
     ] = None,
+    half_life: Annotated[
+        list[float] | None,
+        typer.Option(min=1, help="Of mix: uses after which a use is worth half; repeatable; default: the profile's."),
+    ] = None,
+    fit: Annotated[
+        Path | None,
+        typer.Option(help="Trace that static sets and quotas are taken from; default: the replayed routes themselves."),
+    ] = None,
+    quotas: Annotated[
+        bool, typer.Option("--quotas", help="Share k slots a layer out between layers, to where they hit most, too.")
+    ] = False,
     predictor: Annotated[
         Literal["none", "recall", "previous"],
         typer.Option(help="Guess what later layers use: with --recall, or as the token before."),
@@ -76,38 +87,68 @@ def simulate(
         picture.check(plot)
     source = _source(trace, model, (layers, experts, top_k), routing, tokens, seed, skip_prompt)
     guessing = _guessing(source.routes, predictor, recall, guesses, depth, staging)
-    found = _run(source, k, _policies(policy or ["lru"]), guessing, seed)
+    fits = _fits(policy or ["lru"], half_life, source, fit, quotas)
+    found = _run(source, k, fits, quotas, guessing, seed, fit)
     typer.echo(simulation.json_line(found) if as_json else simulation.table(found, by_layer), nl=as_json)
     if plot is not None:
         curves.plot(found, plot)
         say(f"wrote {plot}")
 
 
-def _policies(names: Iterable[str]) -> list[Policy]:
-    """Each once, in the order given."""
-    from moeflow.schema.profile import Policy
+def _fits(
+    names: Sequence[str], half_lives: list[float] | None, source: _Source, fit: Path | None, quotas: bool
+) -> list[Fit]:
+    """Each once, in the order given; a mix for every half life."""
+    from moeflow.offload.policy import POLICIES
+    from moeflow.planning.fitting import Fit
+    from moeflow.schema.profile import HALF_LIFE
 
-    known: dict[str, Policy] = {name: name for name in get_args(Policy)}
     for name in names:
-        if name not in known:
-            raise UsageError(unknown("cache policy", name, known))
-    return [known[name] for name in dict.fromkeys(names)]
+        if name not in POLICIES:
+            raise UsageError(unknown("cache policy", name, POLICIES))
+    if half_lives and "mix" not in names:
+        raise UsageError("--half-life is of the policy mix; give --policy mix, too")
+    if fit is not None and not quotas and "static" not in names:
+        raise UsageError("--fit is of static sets and of quotas; give --policy static or --quotas, too")
+    routes = source.routes if fit is None else _fitted_to(fit, source)
+    wanted = [(name, uses) for name in names for uses in (half_lives or [HALF_LIFE] if name == "mix" else [HALF_LIFE])]
+    return [Fit(routes, source.experts, name, uses) for name, uses in dict.fromkeys(wanted)]
+
+
+def _fitted_to(fit: Path, source: _Source) -> Routes:
+    """Another trace's routes, of the same model's shape."""
+    from moeflow.offload.trace import load_trace
+
+    other = load_trace(fit)
+    _, layers, top_k = source.routes.shape
+    other.require(layers, source.experts, top_k, str(fit))
+    return other.routes
 
 
 def _run(
-    source: _Source, k: list[int] | None, policies: Sequence[Policy], guessing: Guessing | None, seed: int
+    source: _Source,
+    k: list[int] | None,
+    fits: Sequence[Fit],
+    quotas: bool,
+    guessing: Guessing | None,
+    seed: int,
+    fit: Path | None,
 ) -> Simulation:
     from moeflow.console import err
+    from moeflow.planning.fitting import shared_out
     from moeflow.planning.simulator import simulate as replay
     from moeflow.planning.simulator import thinned
     from moeflow.schema import SimulatedRow, Simulation
 
     def report(row: SimulatedRow) -> None:
-        status.update(f"{row.policy}, k = {row.k}: done")
+        status.update(f"{row.label}, k = {row.k}: done")
 
     ks = sorted(set(k or thinned(source.experts)))
     with err.status("replaying") as status:
-        rows, timings = replay(source.routes, source.experts, ks, policies, guessing, seed, report)
+        rules = [fit.rule for fit in fits]
+        rows, timings = replay(source.routes, source.experts, ks, rules, guessing, seed, report)
+        if quotas:
+            rows += shared_out(source.routes, source.experts, fits, ks)
     tokens, layers, top_k = source.routes.shape
     return Simulation(
         command=shlex.join(["moeflow", *sys.argv[1:]]),
@@ -119,6 +160,7 @@ def _run(
         experts=source.experts,
         top_k=top_k,
         guessing=guessing,
+        fit=None if fit is None else fit.name,
         rows=tuple(rows),
         timings=tuple(timings),
     )

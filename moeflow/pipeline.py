@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ __all__ = [
 MIN_SPEED = 5.0
 PROFILE = "profile.yaml"
 HARDWARE = "hardware.yaml"
+ROUTES = "routes.npz"
 
 ProfileLike = str | Path | Mapping[str, Any] | Profile
 
@@ -55,11 +56,22 @@ def read_profile(profile: ProfileLike) -> Profile:
     read, here = Profile.load(profile), Path(profile).parent
     model = str(here / read.model) if read.model.startswith(".") else read.model
     is_path = read.hardware.endswith((".yaml", ".yml", ".json")) and not Path(read.hardware).is_absolute()
+    read = _with_trace(read, lambda trace: str(here / trace))
     return read.model_copy(update={"model": model, "hardware": str(here / read.hardware) if is_path else read.hardware})
+
+
+def _with_trace(profile: Profile, place: Callable[[str], str]) -> Profile:
+    """The profile with the trace that it names, if it does, at `place` of its path."""
+    if profile.cache.trace is None:
+        return profile
+    cache = profile.cache.model_copy(update={"trace": place(profile.cache.trace)})
+    return profile.model_copy(update={"cache": cache})
 
 
 def seen_from(directory: Path, profile: Profile) -> Profile:
     """The profile with paths as a file in `directory` has them: `read_profile` reads them so."""
+    if profile.cache.trace is not None and not Path(profile.cache.trace).is_absolute():
+        profile = _with_trace(profile, lambda trace: os.path.relpath(trace, directory))
     changes = {}
     if profile.model.startswith("."):
         changes["model"] = f"./{os.path.relpath(profile.model, directory)}"
@@ -188,10 +200,19 @@ def pack(
             "or overwrite it (`--overwrite`)"
         )
     packer.run(check=overwrite)
-    wanted.save(directory / PROFILE)
+    _keep_trace(wanted, directory).save(directory / PROFILE)
     hardware.save(directory / HARDWARE)
     plan_offload(directory, hardware=hardware)
     return directory
+
+
+def _keep_trace(profile: Profile, directory: Path) -> Profile:
+    """The profile with its trace copied beside it: an artifact may go elsewhere, and be planned anew there."""
+    trace = profile.cache.trace
+    if trace is not None and Path(trace).resolve() != (directory / ROUTES).resolve():
+        with storage_errors(directory / ROUTES, "write"):
+            shutil.copyfile(trace, directory / ROUTES)
+    return _with_trace(profile, lambda _: ROUTES)
 
 
 def dry_run(
@@ -253,7 +274,7 @@ def _hardware_of(artifact: Artifact, profile: Profile) -> HardwareProfile:
 def _profile_of(artifact: Artifact) -> Profile:
     path = artifact.directory / PROFILE
     if path.is_file():
-        return Profile.load(path)
+        return _with_trace(Profile.load(path), lambda trace: str(artifact.directory / trace))
     return Profile(model=artifact.manifest.model.source, quantization=artifact.manifest.quantization)
 
 
@@ -267,8 +288,8 @@ def load(artifact: str | Path, *, progress: Progress = silent, record_routes: bo
         artifact: directory that `pack` returned.
         progress: told of bytes as they are loaded.
         record_routes: let `moeflow.recording` write which experts tokens use.
-        **overrides: of the profile: hardware, experts_per_layer, policy, predictor, prefetch_depth,
-            prefetch_experts, vram, ram, disk, context_length, dtype, strategy.
+        **overrides: of the profile: hardware, experts_per_layer, policy, half_life, cache_trace, predictor,
+            prefetch_depth, prefetch_experts, vram, ram, disk, context_length, dtype, strategy.
     """
     opened = Artifact.open(artifact)
     plan = _plan_for(opened, overrides)

@@ -57,8 +57,8 @@ TORCH_FREE = [
     "moeflow.planning.least", "moeflow.planning.reasons", "moeflow.cli_plan", "moeflow.cli_trace",
     "moeflow.recording", "moeflow.planning.bits", "moeflow.planning.allocation", "moeflow.planning.blobs",
     "moeflow.cli_allocate", "moeflow.console_allocate", "moeflow.evaluation.windows", "moeflow.evaluation.texts",
-    "moeflow.reporting.quality", "moeflow.reporting.tradeoff", "moeflow.cli_eval",
-    "moeflow.evaluation.scores", "moeflow.reporting.tasks",
+    "moeflow.reporting.quality", "moeflow.reporting.tradeoff", "moeflow.cli_eval", "moeflow.evaluation.scores",
+    "moeflow.reporting.tasks", "moeflow.planning.quotas", "moeflow.planning.fitting",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moeflow.offload.policy import Rule
 from moeflow.offload.routing import markov, uniform
 from moeflow.offload.trace import Trace, save_trace
+from moeflow.planning.fitting import Fit
+from moeflow.planning.replay import replay
 from moeflow.planning.simulator import hit_rates
 from moeflow.schema import Simulation
 
@@ -96,6 +99,43 @@ def test_guesses_say_what_stands_for_the_gate(simulate: Run) -> None:
     assert sum(row.guesses is not None for row in found.rows) == 1
 
 
+def test_a_mix_for_every_half_life(simulate: Run, trace: Path) -> None:
+    arguments = ("--policy", "mix", "--half-life", 1, "--half-life", 8, "--policy", "lru", "-k", 3, "--json")
+    found = parsed(simulate(trace, *arguments)[1])
+    assert [row.label for row in found.rows] == ["mix 1", "mix 8", "lru", "optimum"]
+    assert found.rows[0].hits == found.rows[2].hits
+    routes = uniform(3, 8, 2, 40, seed=1)
+    assert np.allclose(found.layer_hit_rates(found.rows[1]), hit_rates(routes, 8, Rule("mix", 8), [3])[:, 0])
+
+
+def test_a_static_set_and_quotas_come_from_the_trace_that_is_named(simulate: Run, trace: Path, tmp_path: Path) -> None:
+    other = markov(3, 8, 2, 90, seed=4)
+    save_trace(tmp_path / "other.npz", Trace(other, 8, "tiny/mixtral"))
+    arguments = (trace, "--policy", "static", "--policy", "lru", "-k", 3, "-k", 5, "--quotas")
+    found = parsed(simulate(*arguments, "--fit", tmp_path / "other.npz", "--json")[1])
+    routes, fit = uniform(3, 8, 2, 40, seed=1), Fit(other, 8, "static", 1)
+    shared = [row for row in found.rows if row.quotas]
+    assert [(row.label, row.k) for row in shared] == [(p, k) for p in ("static", "lru", "optimum") for k in (3, 5)]
+    assert all(sum(row.quotas or ()) == 3 * row.k for row in shared)
+    assert list(found.rows[0].hits) == replay(routes, fit.rule, (3, 3, 3))
+    assert shared[0].quotas == tuple(fit.quotas([3] * 3, [1] * 3, [8] * 3))
+    assert list(shared[0].hits) == replay(routes, fit.rule, shared[0].quotas)
+    for k in (3, 5):
+        hits = {row.label: sum(row.hits) for row in shared if row.k == k}
+        assert max(hits.values()) == hits["optimum"]
+    text = simulate(*arguments, "--fit", tmp_path / "other.npz", "--plot", tmp_path / "hits.png")[1]
+    assert "static: the experts most used in other.npz" in text
+    assert f"quotas of static, k = 3: {' '.join(map(str, shared[0].quotas))}\n" in text
+    assert "static: the experts most used in these routes themselves" in simulate(*arguments)[1]
+
+
+def test_a_trace_of_another_shape_cannot_be_fitted_to(simulate: Run, trace: Path, tmp_path: Path) -> None:
+    save_trace(tmp_path / "other.npz", Trace(uniform(3, 9, 2, 20, seed=4), 9, "another"))
+    code, _, err = simulate(trace, "--policy", "static", "--fit", tmp_path / "other.npz")
+    assert code == 3
+    assert "a trace of another with 3 layers, top-2 of 9 experts; this model has 3 layers, top-2 of 8" in err
+
+
 def test_a_plot_is_written(simulate: Run, tmp_path: Path) -> None:
     code, _, err = simulate(*SHAPE, "--plot", tmp_path / "hits.png")
     assert code == 0
@@ -125,7 +165,9 @@ GUESSES = "--recall, --guesses, --depth and --staging are of guesses"
         (("--model", "mixtrall"), 4, "unknown architecture 'mixtrall'; known: deepseek-v2-lite"),
         (("absent.npz",), 7, "absent.npz: cannot read: no such file or directory"),
         ((*SHAPE, "-k", 9), 2, "k is 9; a layer has 8 experts: give 0 to 8"),
-        ((*SHAPE, "--policy", "fifo"), 2, "unknown cache policy 'fifo'; known: lfu, lru"),
+        ((*SHAPE, "--policy", "fifo"), 2, "unknown cache policy 'fifo'; known: lfu, lru, mix, static"),
+        ((*SHAPE, "--half-life", 4), 2, "--half-life is of the policy mix; give --policy mix, too"),
+        ((*SHAPE, "--fit", "a.npz"), 2, "--fit is of static sets and of quotas; give --policy static or --quotas, too"),
         ((*SHAPE, "--recall", 0.5), 2, GUESSES),
         ((*SHAPE, "--depth", 1), 2, GUESSES),
         ((*SHAPE, "--predictor", "recall"), 2, "--predictor recall needs --recall, and no other takes it"),

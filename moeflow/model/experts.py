@@ -173,7 +173,9 @@ class ExpertRunner:
         for expert, blob in stream.take(layer, needed, self._cached[layer]):
             blobs[expert] = blob
             yield expert, blob
-        recent = list(dict.fromkeys(reversed(chosen)))[: self.plan.cache_slots[layer]]
+        hot = self.plan.hot_experts[layer] if self.plan.hot_experts else None  # nobody else would be kept
+        last_first = [e for e in dict.fromkeys(reversed(chosen)) if hot is None or e in hot]
+        recent = last_first[: self.plan.cache_slots[layer]]
         self.cache.warm(layer, [(e, blobs[e]) for e in reversed(recent)])
         self._begin(layer + 2, len(chosen))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moeflow.errors import MoeflowError
 from moeflow.offload.link import Link, Ticket
-from moeflow.offload.policy import CachePolicy, make_policy
+from moeflow.offload.policy import CachePolicy, Rule
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import ExpertLayer, Manifest, Plan
 
@@ -66,7 +66,7 @@ class ExpertCache:
 
     def __init__(self, manifest: Manifest, plan: Plan, link: Link, device: torch.device, traffic: Traffic):
         self._link = link
-        self._policy = plan.policy
+        self._rule = Rule(plan.policy, plan.half_life, plan.hot_experts)
         self._traffic = traffic
         self._guesses: dict[tuple[int, int], int] = {}  # (layer, expert) not used yet -> step, oldest first
         self._step = 0
@@ -75,8 +75,8 @@ class ExpertCache:
             slots[entry.layout] += count
         pools = {i: _Pool(count, manifest.layouts[i].nbytes, device) for i, count in slots.items()}
         self._layers = [
-            _Layer(make_policy(plan.policy, count), pools[entry.layout], _sizes(manifest, entry))
-            for entry, count in zip(manifest.layers, plan.cache_slots, strict=True)
+            _Layer(self._rule.make(i, count), pools[entry.layout], _sizes(manifest, entry))
+            for i, (entry, count) in enumerate(zip(manifest.layers, plan.cache_slots, strict=True))
         ]
 
     def fetch(
@@ -124,8 +124,8 @@ class ExpertCache:
     def reset(self) -> None:
         """Forget everything, after a pass that was abandoned midway; no copy may be under way."""
         self._guesses.clear()
-        for state in self._layers:
-            state.policy = make_policy(self._policy, state.policy.capacity)
+        for layer, state in enumerate(self._layers):
+            state.policy = self._rule.make(layer, state.policy.capacity)
             state.slots.clear()
             state.landings.clear()
             state.pool.reset()

@@ -21,6 +21,7 @@ from moeflow.kernels.copy import COPY_BLOCKS, COPY_THREADS, PIECE
 from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Kernel, Launcher
 from moeflow.offload.mover import Blobs, Mover
+from moeflow.offload.policy import Rule, growth
 from moeflow.offload.pools import Pool, Residents
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import Manifest, Plan
@@ -71,7 +72,7 @@ class DeviceCache:
         self._launcher = launcher
         self._sources = sources
         self.device = device
-        self._policy = plan.policy
+        self._rule = Rule(plan.policy, plan.half_life, plan.hot_experts)
         layers, experts = len(manifest.layers), max(layer.experts for layer in manifest.layers)
         self.guesses = plan.prefetch.experts if plan.prefetch.depth and plan.strategy == "full" else 0
         room = plan.staging_slots - self.guesses
@@ -89,7 +90,7 @@ class DeviceCache:
         most = max(1, min(room, experts))
         self._buffers = table(layers, experts)
         self._stamps = table(layers, experts)
-        self._counts = table(layers, experts, dtype=torch.float64)
+        self._counts = table(layers, experts + 2, dtype=torch.float64)  # behind them, what a mix's uses weigh
         self._state = table(layers, STATE)
         self._jobs = table(layers, most, 3)
         self._job_count = table(layers)
@@ -135,6 +136,9 @@ class DeviceCache:
         for table in (self._stamps, self._counts, self._state, self._progress):
             table.zero_()
         self._state[:, 1] = torch.tensor(self._quotas, dtype=torch.int32)
+        self._counts[:, -2:] = torch.tensor([1.0, growth(self._rule.half_life)], dtype=torch.float64)
+        for layer, hot in enumerate(self._rule.hot):
+            self._stamps[layer, list(hot)] = 1
         self._stop.fill_(1)
         for pool in self._classes.values():
             pool.reset()
@@ -280,8 +284,11 @@ class DeviceCache:
         return self._classes[self._manifest.layers[layer].layout]
 
     def _kernel(self, source: str, name: str, warps: int = WARPS, follows: int = 0) -> Kernel:
-        lfu = int(self._policy == "lfu")
+        policy = self._rule.name
+        lfu = int(policy == "lfu")
         defines = {"EXPERTS": self._experts, "GUESSES": max(1, self.guesses), "WARPS": warps, "LFU": lfu}
+        if policy in ("mix", "static"):
+            defines[policy.upper()] = 1
         if follows:
             defines["FOLLOWS"] = 1
         return self._launcher.kernel(source, name, defines)

@@ -5,11 +5,27 @@ A policy knows expert ids and nothing of buffers, devices or torch.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, get_args
 
 from moeflow.errors import DocumentError, unknown
+from moeflow.schema.profile import HALF_LIFE, Policy
 
-__all__ = ["CachePolicy", "LruPolicy", "LfuPolicy", "make_policy", "POLICIES"]
+__all__ = [
+    "CachePolicy",
+    "LfuPolicy",
+    "LruPolicy",
+    "MixPolicy",
+    "POLICIES",
+    "RESCALE",
+    "Rule",
+    "StaticPolicy",
+    "growth",
+]
+
+POLICIES: tuple[str, ...] = get_args(Policy)
+RESCALE = 2.0**32  # of a mix's weights; cache.cu's
 
 
 class CachePolicy(Protocol):
@@ -52,19 +68,16 @@ class LruPolicy:
         return victim
 
 
-class LfuPolicy:
-    """Least frequently used leaves; counts of all experts halve every `period` uses, so that old fame fades.
+class _Scored:
+    """The least score leaves; ties leave in the order of their last use.
 
-    Ties leave in the order of their last use. Counts are kept for experts that left, too: an expert that
-    returns often must not start from nothing each time.
+    Scores are kept of experts that left, too: one that returns often must not start from nothing each time.
     """
 
-    def __init__(self, capacity: int, period: int = 64):
+    def __init__(self, capacity: int):
         self.capacity = capacity
-        self.period = period
-        self._counts: dict[int, float] = {}
+        self._scores: dict[int, float] = {}
         self._kept: dict[int, None] = {}  # least recent first
-        self._uses = 0
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._kept
@@ -73,32 +86,119 @@ class LfuPolicy:
         """Note the use of a kept expert."""
         del self._kept[expert]
         self._kept[expert] = None
-        self._count(expert)
+        self._note(expert)
 
     def admit(self, expert: int) -> int | None:
         """Keep `expert` and return who leaves."""
-        self._count(expert)
+        self._note(expert)
         if self.capacity == 0:
             return expert
         victim = None
         if len(self._kept) == self.capacity:
-            victim = min(self._kept, key=lambda e: self._counts[e])  # min keeps the first of equals
+            victim = min(self._kept, key=self._scores.__getitem__)  # min keeps the first of equals
             del self._kept[victim]
         self._kept[expert] = None
         return victim
 
-    def _count(self, expert: int) -> None:
-        self._counts[expert] = self._counts.get(expert, 0.0) + 1.0
+    def _note(self, expert: int) -> None:
+        raise NotImplementedError
+
+    def _scale(self, factor: float) -> None:
+        self._scores = {e: score * factor for e, score in self._scores.items()}
+
+
+class LfuPolicy(_Scored):
+    """Least frequently used leaves; counts of all experts halve every `period` uses, so that old fame fades."""
+
+    def __init__(self, capacity: int, period: int = 64):
+        super().__init__(capacity)
+        self.period = period
+        self._uses = 0
+
+    def _note(self, expert: int) -> None:
+        self._scores[expert] = self._scores.get(expert, 0.0) + 1.0
         self._uses += 1
         if self._uses % self.period == 0:
-            self._counts = {e: count / 2 for e, count in self._counts.items()}
+            self._scale(0.5)
 
 
-POLICIES: dict[str, type[LruPolicy] | type[LfuPolicy]] = {"lru": LruPolicy, "lfu": LfuPolicy}
+class MixPolicy(_Scored):
+    """Recency and frequency in one score: the sum over an expert's uses of 2 to the power of -age / half life.
+
+    (Lee and others, "LRFU", 2001.) Age counts the layer's uses since then, of whichever expert, of which a token makes
+    top-k. A half life of 1 is the least recently used: all older uses together weigh no more than one newer. A very
+    long one is the least frequently used that never forgets.
+
+    Instead of letting all scores fade at each use, each use weighs more than the one before, by a factor that is
+    computed once; now and then all is scaled down by a power of two, which rounds nothing. So there is no power to
+    take, and the device's kernel, which is given that factor, does the same additions and products: bit for bit.
+    """
+
+    def __init__(self, capacity: int, half_life: float = HALF_LIFE):
+        super().__init__(capacity)
+        self._weight = 1.0
+        self._growth = growth(half_life)
+
+    def _note(self, expert: int) -> None:
+        self._scores[expert] = self._scores.get(expert, 0.0) + self._weight
+        self._weight *= self._growth
+        if self._weight >= RESCALE:
+            self._weight /= RESCALE
+            self._scale(1 / RESCALE)
 
 
-def make_policy(name: str, capacity: int) -> CachePolicy:
-    """A fresh policy for one layer with `capacity` slots."""
-    if name not in POLICIES:
-        raise DocumentError(unknown("cache policy", name, POLICIES))
-    return POLICIES[name](capacity)
+class StaticPolicy:
+    """A fixed set: its experts come in at their first use and stay, and nobody else is ever kept."""
+
+    def __init__(self, capacity: int, hot: Sequence[int]):
+        self.capacity = capacity
+        self._hot = frozenset(hot[:capacity])
+        self._kept: set[int] = set()
+
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._kept
+
+    def touch(self, expert: int) -> None:
+        """Use changes nothing."""
+
+    def admit(self, expert: int) -> int | None:
+        """Keep `expert` if it is of the set; else it leaves at once."""
+        if expert not in self._hot:
+            return expert
+        self._kept.add(expert)
+        return None
+
+
+def growth(half_life: float) -> float:
+    """By which factor a use weighs more than the one before, so that weights double in `half_life` uses."""
+    return float(2.0 ** (1.0 / half_life))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A policy chosen, with what it must be told."""
+
+    name: str = "lru"
+    half_life: float = HALF_LIFE
+    """Of mix, in uses; 1 or more."""
+    hot: tuple[tuple[int, ...], ...] = ()
+    """Of static, per layer: its experts, those first that a smaller cache would keep, too."""
+
+    @property
+    def label(self) -> str:
+        """For people: `mix 16`."""
+        return f"{self.name} {self.half_life:g}" if self.name == "mix" else self.name
+
+    def make(self, layer: int, capacity: int) -> CachePolicy:
+        """A fresh policy for one layer with `capacity` slots.
+
+        Raises:
+            DocumentError: the policy is unknown.
+        """
+        if self.name not in POLICIES:
+            raise DocumentError(unknown("cache policy", self.name, POLICIES))
+        if self.name == "mix":
+            return MixPolicy(capacity, self.half_life)
+        if self.name == "static":
+            return StaticPolicy(capacity, self.hot[layer])
+        return LruPolicy(capacity) if self.name == "lru" else LfuPolicy(capacity)

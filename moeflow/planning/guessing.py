@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moeflow.errors import UsageError
-from moeflow.offload.policy import make_policy
+from moeflow.offload.policy import Rule
 from moeflow.offload.routing import guesses
 from moeflow.offload.trace import Routes
 from moeflow.schema import Guessing
@@ -49,11 +49,11 @@ def guessed_routes(routes: Routes, experts: int, guessing: Guessing, seed: int) 
 class GuessedCache:
     """All layers, one policy each, and one pool of buffers."""
 
-    def __init__(self, layers: int, policy: str, k: int, staging: int):
+    def __init__(self, layers: int, rule: Rule, k: int, staging: int):
         self.hits = [0] * layers
         self.guesses = 0
         self.used = 0
-        self._policies = [make_policy(policy, k) for _ in range(layers)]
+        self._policies = [rule.make(layer, k) for layer in range(layers)]
         self._landed: list[set[int]] = [set() for _ in range(layers)]
         self._guesses: dict[tuple[int, int], int] = {}  # (layer, expert) not used yet -> step, oldest first
         self._free = layers * k + staging
@@ -106,10 +106,10 @@ class GuessedCache:
         return True
 
 
-def replay_guesses(routes: Routes, guessed: Routes, policy: str, k: int, guessing: Guessing) -> GuessedCache:
+def replay_guesses(routes: Routes, guessed: Routes, rule: Rule, k: int, guessing: Guessing) -> GuessedCache:
     """The cache after routes [T, L, K] with guesses [T, L, n], each layer guessing the `depth` layers after it."""
     layers = routes.shape[1]
-    cache = GuessedCache(layers, policy, k, guessing.staging)
+    cache = GuessedCache(layers, rule, k, guessing.staging)
     for needed, said in zip(np.sort(routes, axis=-1), guessed, strict=True):
         pairs = [[(layer, expert) for expert in row if expert >= 0] for layer, row in enumerate(said.tolist())]
         for layer, row in enumerate(needed.tolist()):

@@ -17,6 +17,8 @@ OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "hardware": ("hardware",),
     "experts_per_layer": ("cache", "experts_per_layer"),
     "policy": ("cache", "policy"),
+    "half_life": ("cache", "half_life"),
+    "cache_trace": ("cache", "trace"),
     "predictor": ("prefetch", "predictor"),
     "prefetch_depth": ("prefetch", "depth"),
     "prefetch_experts": ("prefetch", "experts"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import Running, predict
+from moeflow.planning.fitting import Fit, fit_of
 from moeflow.planning.guessing import landing_buffers
 from moeflow.planning.sizes import ITEM_SIZE, LayerSize, ModelSizes
 from moeflow.planning.workspace import PREFILL_CHUNK, workspace
@@ -65,6 +66,9 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
     fixed, slots = _choose(ways, profile, sizes, hardware, limit)
     if hardware.gpu is not None:
         fixed, slots = _fill(profile, sizes, prefetch, fixed, slots, limit)
+    fit = fit_of(profile.cache, len(sizes.layers), max(layer.experts for layer in sizes.layers), sizes.top_k)
+    if fit is not None and profile.cache.experts_per_layer == "auto":
+        slots = _shared_out(sizes, fit, slots)
     slot_bytes = _slot_bytes(sizes, slots)
     ram_experts = _ram_experts(profile, sizes, hardware, fixed.total + slot_bytes)
     _check_execution(profile, sizes, fixed, ram_experts)
@@ -79,6 +83,8 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         execution=fixed.execution,
         strategy=profile.strategy,
         policy=profile.cache.policy,
+        half_life=profile.cache.half_life,
+        hot_experts=tuple(hot[:k] for hot, k in zip(fit.rule.hot, slots, strict=False)) if fit is not None else (),
         context_length=context,
         cache_slots=slots,
         staging_slots=fixed.buffers,
@@ -237,6 +243,12 @@ def _with_spare(sizes: ModelSizes, slots: tuple[int, ...], spare: int) -> tuple[
     more = min(layers, spare // max(layer.blob_nbytes for layer in sizes.layers))
     extra = ((i + 1) * more // layers - i * more // layers for i in range(layers))
     return tuple(min(y.experts, k + one) for one, k, y in zip(extra, slots, sizes.layers, strict=True))
+
+
+def _shared_out(sizes: ModelSizes, fit: Fit, slots: tuple[int, ...]) -> tuple[int, ...]:
+    """The room of `slots`, by layer as the trace asks for it."""
+    each, most = [layer.blob_nbytes for layer in sizes.layers], [layer.experts for layer in sizes.layers]
+    return tuple(fit.quotas(slots, each, most))
 
 
 def _slots(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, free: int) -> tuple[int, ...]:

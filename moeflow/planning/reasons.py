@@ -68,11 +68,15 @@ def _known(candidate: Candidate) -> bool:
 
 def _slots(chosen: Candidate, plan: Plan, hardware: HardwareProfile) -> str:
     memory, few, most = plan.memory, min(plan.cache_slots), max(plan.cache_slots)
-    k = f"{few}" if few == most else f"{few} or {most}"
+    k = f"{few}" if few == most else f"{few} {'or' if most == few + 1 else 'to'} {most}"
     if plan.strategy in ("no-cache", "naive"):
         return f"Nothing is cached: the strategy is {plan.strategy}."
     if chosen.profile.cache.experts_per_layer != "auto":
         return f"k = {k} experts a layer, as asked: {format_size(memory.slots)}."
+    if chosen.profile.cache.trace is not None:
+        return (
+            f"auto is k = {k} experts a layer, where cache.trace says that they hit most: {format_size(memory.slots)}."
+        )
     fixed = memory.total - memory.slots
     left = f"{format_size(memory.limit)} of device memory, less {format_size(fixed)} for"
     others = f"resident weights, KV cache of {plan.context_length} tokens, buffers and workspace"

@@ -12,21 +12,21 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moeflow.offload.policy import CachePolicy, make_policy
+from moeflow.offload.policy import CachePolicy, Rule
 from moeflow.offload.trace import Routes
 
 __all__ = ["replay"]
 
 
-def replay(routes: Routes, policy: str, k: int) -> list[int]:
-    """Hits of each layer [L] on routes [T, L, K], from an empty cache of `k` slots a layer.
+def replay(routes: Routes, rule: Rule, slots: Sequence[int]) -> list[int]:
+    """Hits of each layer [L] on routes [T, L, K], from an empty cache with `slots` [L].
 
     Raises:
         DocumentError: the policy is unknown.
     """
     # Plain numbers, which policies take faster than numpy's; one layer's at a time, for the memory that they need.
     steps = (np.sort(routes[:, layer], axis=-1).tolist() for layer in range(routes.shape[1]))
-    return [_hits(make_policy(policy, k), rows) for rows in steps]
+    return [_hits(rule.make(i, k), rows) for i, (k, rows) in enumerate(zip(slots, steps, strict=True))]
 
 
 def _hits(policy: CachePolicy, steps: Iterable[Sequence[int]]) -> int:

@@ -10,34 +10,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from moeflow.errors import DocumentError, UsageError, unknown
-from moeflow.offload.policy import POLICIES
+from moeflow.offload.policy import POLICIES, Rule
 from moeflow.offload.trace import Routes
 from moeflow.planning.guessing import guessed_routes, replay_guesses
 from moeflow.planning.optimum import optimal_hits
 from moeflow.planning.recency import recent_hits
 from moeflow.planning.replay import replay
 from moeflow.schema import Guessing, SimulatedRow, Timing
-from moeflow.schema.profile import Policy
 
-__all__ = ["OPTIMUM", "hit_rates", "simulate", "thinned"]
+__all__ = ["OPTIMUM", "hit_rates", "named", "simulate", "thinned"]
 
-OPTIMUM = "optimum"
+OPTIMUM: Literal["optimum"] = "optimum"
 
 
 def hit_rates(
-    routes: Routes, experts: int, policy: str = "lru", ks: Sequence[int] | None = None
+    routes: Routes, experts: int, policy: str | Rule = "lru", ks: Sequence[int] | None = None
 ) -> npt.NDArray[np.float64]:
     """Share of uses that are hits, [L, E + 1]: of each layer with k = 0 to E slots, or [L, n] for the k of `ks`.
 
     Args:
         routes: int16 [T, L, K], the experts of a row distinct.
         experts: E, of a layer.
-        policy: lru, lfu, or `optimum` for the bound.
+        policy: a rule, the name of one that needs no more, or `optimum` for the bound.
         ks: numbers of slots; a policy takes a pass for each, the optimum one for all.
 
     Raises:
@@ -46,12 +46,13 @@ def hit_rates(
     """
     ks = range(experts + 1) if ks is None else ks
     _check(ks, experts)
-    if policy not in (*POLICIES, OPTIMUM):
-        raise DocumentError(unknown("cache policy", policy, (*POLICIES, OPTIMUM)))
-    if policy == OPTIMUM:
+    rule = policy if isinstance(policy, Rule) else Rule(policy)
+    if rule.name not in (*POLICIES, OPTIMUM):
+        raise DocumentError(unknown("cache policy", rule.name, (*POLICIES, OPTIMUM)))
+    if rule.name == OPTIMUM:
         hits = optimal_hits(routes, experts)[:, list(ks)]
     else:
-        hits = np.array([_hits(routes, experts, policy, k) for k in ks], np.int64).reshape(len(ks), routes.shape[1]).T
+        hits = np.array([_hits(routes, experts, rule, k) for k in ks], np.int64).reshape(len(ks), routes.shape[1]).T
     rates: npt.NDArray[np.float64] = hits / (routes.shape[0] * routes.shape[2])
     return rates
 
@@ -66,12 +67,12 @@ def simulate(
     routes: Routes,
     experts: int,
     ks: Sequence[int],
-    policies: Sequence[Policy],
+    rules: Sequence[Rule],
     guessing: Guessing | None = None,
     seed: int = 0,
     report: Callable[[SimulatedRow], object] = lambda _: None,
 ) -> tuple[list[SimulatedRow], list[Timing]]:
-    """Replay routes [T, L, K] for every policy and k, with guesses too if there are any, and the optimum last.
+    """Replay routes [T, L, K] for every rule and k, with guesses too if there are any, and the optimum last.
 
     Raises:
         UsageError: a k lies outside 0 to E, or guesses are not possible.
@@ -88,36 +89,41 @@ def simulate(
         seconds = time.perf_counter() - begin
         timings.append(Timing(what=what, steps=passes * routes.shape[0] * routes.shape[1], seconds=seconds))
 
-    for policy in policies:
-        timed(policy, len(ks), partial(_plain, routes, experts, policy, ks))
+    for rule in rules:
+        timed(rule.label, len(ks), partial(_plain, routes, experts, rule, ks))
     if guessing is not None:
         guessed = guessed_routes(routes, experts, guessing, seed + 1)  # not the numbers that made synthetic routes
-        for policy in policies:
-            timed(f"{policy} with guesses", len(ks), partial(_guessing, routes, guessed, policy, ks, guessing))
+        for rule in rules:
+            timed(f"{rule.label} with guesses", len(ks), partial(_guessing, routes, guessed, rule, ks, guessing))
     timed(OPTIMUM, 1, partial(_optimum, routes, experts, ks))
     return rows, timings
 
 
-def _plain(routes: Routes, experts: int, policy: Policy, ks: Sequence[int]) -> Iterator[SimulatedRow]:
+def _plain(routes: Routes, experts: int, rule: Rule, ks: Sequence[int]) -> Iterator[SimulatedRow]:
     for k in ks:
-        yield SimulatedRow(policy=policy, k=k, hits=tuple(_hits(routes, experts, policy, k)))
+        yield SimulatedRow(**named(rule), k=k, hits=tuple(_hits(routes, experts, rule, k)))
 
 
-def _hits(routes: Routes, experts: int, policy: str, k: int) -> list[int]:
+def named(rule: Rule) -> dict[str, Any]:
+    """How a row says which it is of."""
+    return {"policy": rule.name, "half_life": rule.half_life if rule.name == "mix" else None}
+
+
+def _hits(routes: Routes, experts: int, rule: Rule, k: int) -> list[int]:
     """Of each layer [L], by the fastest way that there is."""
-    if policy == "lru":
+    if rule.name == "lru":
         found: list[int] = recent_hits(routes, experts, k).sum(axis=(0, 2)).tolist()
         return found
-    return replay(routes, policy, k)
+    return replay(routes, rule, (k,) * routes.shape[1])
 
 
 def _guessing(
-    routes: Routes, guessed: Routes, policy: Policy, ks: Sequence[int], guessing: Guessing
+    routes: Routes, guessed: Routes, rule: Rule, ks: Sequence[int], guessing: Guessing
 ) -> Iterator[SimulatedRow]:
     for k in ks:
-        cache = replay_guesses(routes, guessed, policy, k, guessing)
+        cache = replay_guesses(routes, guessed, rule, k, guessing)
         hits = tuple(cache.hits)
-        yield SimulatedRow(policy=policy, k=k, hits=hits, guesses=cache.guesses, guesses_used=cache.used)
+        yield SimulatedRow(**named(rule), k=k, hits=hits, guesses=cache.guesses, guesses_used=cache.used)
 
 
 def _optimum(routes: Routes, experts: int, ks: Sequence[int]) -> Iterator[SimulatedRow]:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["plot"]
 
 HIGH = 3.2  # inches of the axes
-LOOKS = {"lru": (OURS, "-", "o"), "lfu": ("#b5651d", "-", "s"), "optimum": (FAINT, "--", "^")}
+LOOKS = {
+    "lru": (OURS, "-", "o"), "lfu": ("#b5651d", "-", "s"), "mix": ("#3b7a57", "-", "D"),
+    "static": ("#7a4f9a", "-", "v"), "optimum": (FAINT, "--", "^"),
+}  # fmt: skip
+SHADES = ("#3b7a57", "#8fb339", "#1f9e9e", "#a3a380")  # of one mix and the next
 
 
 def plot(found: Simulation, path: Path) -> None:
@@ -45,10 +49,13 @@ def _lines(axes: Axes, found: Simulation) -> None:
     from matplotlib.ticker import MaxNLocator
 
     lines: dict[tuple[str, bool], list[SimulatedRow]] = {}
-    for row in sorted(found.rows, key=lambda row: row.k):
-        lines.setdefault((row.policy, row.guesses is not None), []).append(row)
+    for row in sorted((row for row in found.rows if row.quotas is None), key=lambda row: row.k):
+        lines.setdefault((row.label, row.guesses is not None), []).append(row)
+    mixes = list(dict.fromkeys(row.label for row in found.rows if row.policy == "mix"))
     for (policy, guesses), rows in lines.items():
-        color, style, marker = LOOKS[policy]
+        color, style, marker = LOOKS[rows[0].policy]
+        if policy in mixes:
+            color = SHADES[mixes.index(policy) % len(SHADES)]
         ks, rates = [row.k for row in rows], [100 * found.served_rate(row) for row in rows]
         name = f"{policy}, hit or foreseen" if guesses else policy
         axes.plot(ks, rates, color=color, linestyle=":" if guesses else style, marker=marker, markersize=4, label=name)

@@ -16,9 +16,9 @@ WIDTH = 120
 def table(found: Simulation, by_layer: bool = False) -> str:
     """For a terminal; ends with a newline. `by_layer` adds a table of every policy's layers."""
     lines = [*fill(f"{subject(found)}.", WIDTH), *([f"guesses: {guessed(found)}"] if found.guessing else [])]
-    for grid in [_rates(found), *_guesses(found), *(_layers(found) if by_layer else ())]:
+    for grid in [_rates(found), *_guesses(found), *_shared(found), *(_layers(found) if by_layer else ())]:
         lines += ["", *aligned(grid)]
-    lines += [""]
+    lines += ["", *_quotas(found)]
     for remark in remarks(found):
         lines += fill(remark, WIDTH)
     return "\n".join(lines) + "\n"
@@ -60,7 +60,12 @@ def guessed(found: Simulation) -> str:
 
 def remarks(found: Simulation, speeds: bool = True) -> list[str]:
     """What a reader must know of the figures, and how fast they were found."""
+    fitted = found.fit or "these routes themselves"
     lines = ["optimum: Belady's, the most hits of any policy with k slots a layer that keeps only what was used"]
+    if any(row.policy == "static" for row in found.rows):
+        lines.append(f"static: the experts most used in {fitted}")
+    if any(row.quotas is not None for row in found.rows):
+        lines.append(f"quotas: k slots a layer on average, shared out by hits in {fitted}; the optimum's by its own")
     if found.guessing:
         lines.append("foreseen: of the uses that were no hits, those whose expert a guess had brought")
     if found.guessing and found.guessing.recall is not None:
@@ -75,11 +80,11 @@ def remarks(found: Simulation, speeds: bool = True) -> list[str]:
 
 
 def _plain(found: Simulation) -> dict[str, dict[int, SimulatedRow]]:
-    """Rows without guesses: policy -> k -> row."""
+    """Rows without guesses and quotas: policy -> k -> row."""
     rows: dict[str, dict[int, SimulatedRow]] = {}
     for row in found.rows:
-        if row.guesses is None:
-            rows.setdefault(row.policy, {})[row.k] = row
+        if row.guesses is None and row.quotas is None:
+            rows.setdefault(row.label, {})[row.k] = row
     return rows
 
 
@@ -104,12 +109,35 @@ def _guesses(found: Simulation) -> list[Grid]:
             wasted = found.wasted(row) or 0
             share = percent(wasted / row.guesses) if row.guesses else None
             lines.append(
-                (f"{row.policy}, k = {row.k}", percent(found.hit_rate(row)) or MISSING,
+                (f"{row.label}, k = {row.k}", percent(found.hit_rate(row)) or MISSING,
                  percent(found.foreseen(row)) or MISSING, digits(row.guesses / found.tokens) or MISSING,
                  digits(wasted / found.tokens) or MISSING, share or MISSING)
             )  # fmt: skip
     headings = ("row", "hits", "foreseen", "copies guessed, per token", "wasted, per token", "wasted")
     return [Grid("with guesses", headings, tuple(lines), 1)] if lines else []
+
+
+def _shared(found: Simulation) -> list[Grid]:
+    """What quotas hit beside as many slots in every layer."""
+    even = _plain(found)
+    lines = []
+    for row in found.rows:
+        if row.quotas is not None:
+            shares = found.layer_hit_rates(row)
+            lines.append(
+                (f"{row.label}, k = {row.k}", percent(found.hit_rate(row)) or MISSING,
+                 f"{percent(min(shares))} to {percent(max(shares))}",
+                 percent(found.hit_rate(even[row.label][row.k])) or MISSING, f"{min(row.quotas)} to {max(row.quotas)}")
+            )  # fmt: skip
+    headings = ("row", "hits", "by layer", "k in every layer", "slots")
+    return [Grid("with quotas", headings, tuple(lines), 1)] if lines else []
+
+
+def _quotas(found: Simulation) -> list[str]:
+    """Slots layer by layer; the optimum's are nobody's to copy."""
+    rows = [row for row in found.rows if row.quotas is not None and row.policy != "optimum"]
+    texts = [f"quotas of {row.label}, k = {row.k}: {' '.join(map(str, row.quotas or ()))}" for row in rows]
+    return [line for text in texts for line in fill(text, WIDTH)] + ([""] if texts else [])
 
 
 def _layers(found: Simulation) -> list[Grid]:

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 from pydantic import Field
 
 from moeflow.schema.base import Document, Part
-from moeflow.schema.profile import Dtype, Execution, Policy, Predictor, Strategy
+from moeflow.schema.profile import HALF_LIFE, Dtype, Execution, HalfLife, Policy, Predictor, Strategy
 from moeflow.schema.units import three_digits
 
 __all__ = ["DecodeTime", "MemoryBudget", "Plan", "PlannedPrefetch", "Prediction", "PrefillTime"]
@@ -145,6 +145,11 @@ class Plan(Document):
     """Who drives a decoding step. The engine falls back to host where a kernel cannot run, and says so."""
     strategy: Strategy
     policy: Policy
+    # Both are left out of documents that do not need them: those made before they existed keep their digests.
+    half_life: HalfLife = Field(default=HALF_LIFE, exclude_if=lambda uses: uses == HALF_LIFE)
+    """Of mix, in uses of experts of a layer."""
+    hot_experts: tuple[tuple[Annotated[int, Field(ge=0)], ...], ...] = Field(default=(), exclude_if=lambda hot: not hot)
+    """Of static: which experts may be cached, per MoE layer, most used first."""
     context_length: int
     cache_slots: tuple[Annotated[int, Field(ge=0)], ...]
     """k, per MoE layer."""

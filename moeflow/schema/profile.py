@@ -6,30 +6,48 @@ profile itself is never changed.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.quantization import Quantization
 from moeflow.schema.units import AutoCount, AutoSize
 
-__all__ = ["Cache", "Prefetch", "Memory", "Profile", "Policy", "Predictor", "Strategy", "Execution", "Dtype"]
+__all__ = [
+    "Cache", "Dtype", "Execution", "HALF_LIFE", "HalfLife", "Memory", "Policy", "Predictor", "Prefetch", "Profile",
+    "Strategy",
+]  # fmt: skip
 
-Policy = Literal["lru", "lfu"]
+Policy = Literal["lru", "lfu", "mix", "static"]
 Predictor = Literal["next-gate", "none"]
 Strategy = Literal["full", "no-prefetch", "no-cache", "naive"]
 Execution = Literal["device", "host"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+HALF_LIFE = 128.0  # of a mix; docs/simulator.md has what it was measured on
+HalfLife = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
 class Cache(Part):
     """Experts kept on the device between tokens (paper, section 3.1)."""
 
     policy: Policy = "lru"
-    """Who leaves when a slot is needed: least recently used, or least frequently used with ageing."""
+    """Who leaves when a slot is needed: the least recently used (lru), the least frequently used with ageing (lfu), or
+    whose uses, weighed by their age, are worth least (mix); static keeps the experts most used in `trace`."""
     experts_per_layer: AutoCount = "auto"
-    """k: slots per layer; auto takes what memory allows."""
+    """k: slots per layer; auto takes what memory allows, and shares it out between layers as `trace` says."""
+    # Both are left out of documents that do not need them: those made before they existed keep their digests.
+    half_life: HalfLife = Field(default=HALF_LIFE, exclude_if=lambda uses: uses == HALF_LIFE)
+    """Of mix: after how many uses of experts of the layer a use is worth half; 1 is lru, a million never forgets."""
+    trace: str | None = Field(default=None, exclude_if=lambda path: path is None)
+    """Routes that `moeflow trace` recorded with this model: of static, and for slots that differ by layer."""
+
+    @model_validator(mode="after")
+    def _has_its_trace(self) -> Self:
+        if self.policy == "static" and self.trace is None:
+            raise ValueError("policy static keeps the experts most used in a trace: name it as cache.trace")
+        return self
 
 
 class Prefetch(Part):

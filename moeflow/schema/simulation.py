@@ -35,15 +35,24 @@ class Guessing(Part):
 class SimulatedRow(Part):
     """One policy at one number of slots."""
 
-    policy: Literal["lru", "lfu", "optimum"]
+    policy: Literal["lru", "lfu", "mix", "static", "optimum"]
+    half_life: float | None = Field(default=None, exclude_if=lambda uses: uses is None)
+    """Of mix, in uses."""
     k: Count
-    """Slots per layer."""
+    """Slots per layer; on average where quotas differ."""
+    quotas: tuple[Count, ...] | None = Field(default=None, exclude_if=lambda slots: slots is None)
+    """Slots of each layer, where they were shared out."""
     hits: tuple[Count, ...]
     """Per layer: uses that found their expert in a slot."""
     guesses: Count | None = None
     """Copies started on a guess; None where nothing was guessed."""
     guesses_used: Count | None = None
     """Uses served by such a copy."""
+
+    @property
+    def label(self) -> str:
+        """For people: `mix 16`."""
+        return self.policy if self.half_life is None else f"{self.policy} {self.half_life:g}"
 
 
 class Timing(Part):
@@ -78,6 +87,8 @@ class Simulation(Document):
     """Per layer."""
     top_k: Positive
     guessing: Guessing | None = None
+    fit: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    """Trace that a static set and quotas were taken from; None where that were the replayed routes themselves."""
     rows: tuple[SimulatedRow, ...] = Field(min_length=1)
     timings: tuple[Timing, ...] = ()
 

@@ -68,7 +68,8 @@ def make_cache(
         for _ in slots
     )  # fmt: skip
     manifest = Manifest.model_construct(layouts=layouts, layers=layers)
-    plan = Plan.model_construct(cache_slots=slots, staging_slots=staging, policy=policy)
+    hot = (tuple(range(EXPERTS)),) * len(slots) if policy == "static" else ()
+    plan = Plan.model_construct(cache_slots=slots, staging_slots=staging, policy=policy, hot_experts=hot)
     link, traffic = LateLink(), Traffic()
     return ExpertCache(manifest, plan, link, torch.device("cpu"), traffic), link, traffic
 
@@ -84,7 +85,7 @@ def use(cache: ExpertCache, layer: int, needed: list[int], guesses: Any = ()) ->
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "mix", "static"])
 @pytest.mark.parametrize("staging", [1, 2, 5])
 @pytest.mark.parametrize("slots", [(0, 0, 0), (1, 1, 1), (2, 5, 0), (8, 8, 8)])
 def test_random_use_with_random_guesses_yields_the_right_bytes(
@@ -203,7 +204,7 @@ def test_an_unused_guess_gives_way_to_need() -> None:
 
 
 @pytest.mark.parametrize("staging", [1, 3])
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "mix", "static"])
 def test_warming_from_the_caches_own_slots_keeps_every_blob(policy: str, staging: int) -> None:
     """Cached experts are handed back as views of their slots, which an eviction in between would overwrite."""
     seed = random.randrange(1 << 30)

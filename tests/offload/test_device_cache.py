@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moeflow.offload.device import PIECE, WARPS, DeviceCache, MakeMover
-from moeflow.offload.policy import make_policy
+from moeflow.offload.policy import Rule
 from moeflow.offload.traffic import Traffic
 
 emulator = pytest.importorskip("emulator.launcher")
@@ -30,6 +30,7 @@ def make(
     order: str = "forward",
     pieces: int = 5,
     mover: MakeMover | None = None,
+    half_life: float = 6,
 ) -> tuple[DeviceCache, torch.Tensor]:
     """A cache over random blobs; the second result is host memory [layers, experts, bytes]."""
     nbytes = pieces * PIECE
@@ -39,7 +40,8 @@ def make(
         layers=[SimpleNamespace(experts=experts, layout=0)] * layers, layouts=[layout], layout_of=lambda _: layout
     )
     plan: Any = SimpleNamespace(
-        policy=policy, strategy="full", cache_slots=tuple(quota), staging_slots=choices + guesses,
+        policy=policy, half_life=half_life, hot_experts=hot(policy, experts, quota), strategy="full",
+        cache_slots=tuple(quota), staging_slots=choices + guesses,
         prefetch=SimpleNamespace(depth=int(guesses > 0), experts=guesses),
     )  # fmt: skip
     host = torch.randint(256, (layers, experts, nbytes), dtype=torch.uint8)
@@ -47,11 +49,17 @@ def make(
     return DeviceCache(manifest, plan, launcher, [host[i].data_ptr() for i in range(layers)], CPU, mover), host
 
 
+def hot(policy: str, experts: int, quota: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Of static, some experts that are not the first ones, other ones in each layer."""
+    kept = (tuple((3 * i + 5 * layer + 2) % experts for i in range(k)) for layer, k in enumerate(quota))
+    return tuple(kept) if policy == "static" else ()
+
+
 class Oracle:
     """One layer, as `offload.cache` orders uses: cached experts, then arrived guesses, then misses, ids ascending."""
 
-    def __init__(self, policy: str, quota: int):
-        self.policy = make_policy(policy, quota)
+    def __init__(self, policy: str, quotas: Sequence[int], layer: int, experts: int, half_life: float = 6):
+        self.policy = Rule(policy, half_life, hot(policy, experts, quotas)).make(layer, quotas[layer])
         self.hits = self.misses = self.used = 0
 
     def step(self, needed: Sequence[int], guessed: Sequence[int]) -> None:
@@ -66,13 +74,13 @@ class Oracle:
             self.policy.admit(expert)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("quota", [(0, 0), (1, 1), (3, 2), (8, 8)])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "mix", "static"])
+@pytest.mark.parametrize("quota", [(0, 0), (1, 5), (3, 2), (8, 8)])
 @pytest.mark.parametrize("shape", [(8, 2, 2), (40, 4, 3), (8, 2, 0)], ids=str)
 def test_every_step_is_the_policys(policy: str, quota: tuple[int, int], shape: tuple[int, int, int]) -> None:
     experts, top_k, guesses = shape
     cache, host = make(experts, 2, quota, top_k, guesses, policy, order=random.choice(["forward", "reverse", "random"]))
-    oracles = [Oracle(policy, q) for q in quota]
+    oracles = [Oracle(policy, quota, layer, experts) for layer in range(2)]
     for _ in range(60):
         guessed: list[int] = []
         for layer in range(2):
@@ -106,8 +114,68 @@ def test_every_step_is_the_policys(policy: str, quota: tuple[int, int], shape: t
     assert cache.wasted_bytes == (traffic.guesses - traffic.guesses_used) * nbytes
 
 
-def test_every_buffer_has_one_owner() -> None:
-    cache, _ = make(quota=(2, 1))
+@pytest.mark.parametrize("half_life", [1, 1.7, 128, 1e300])
+def test_scores_are_the_policys_bit_for_bit(half_life: float) -> None:
+    """Through a hundred rescalings where the half life is short; where it is long, through ties, too."""
+    cache, _ = make(40, 2, (7, 1), 4, 0, "mix", half_life=half_life)
+    oracles = [Oracle("mix", (7, 1), layer, 40, half_life) for layer in range(2)]
+    for _ in range(400):
+        for layer, oracle in enumerate(oracles):
+            needed = [min(39, int(random.expovariate(0.15))) for _ in range(4)]
+            needed = list(dict.fromkeys(needed))
+            cache.find(layer, torch.tensor([needed]), 1)
+            oracle.step(needed, [])
+            policy: Any = oracle.policy
+            scores = cache._counts[layer].tolist()
+            assert scores[:40] == [policy._scores.get(e, 0.0) for e in range(40)]
+            assert scores[40] == policy._weight
+            assert set(cache.resident(layer)) == {e for e in range(40) if e in policy}
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "mix", "static"])
+def test_several_tokens_decide_as_one_step_of_their_experts(policy: str) -> None:
+    cache, host = make(8, 2, (3, 5), 8, 0, policy)
+    oracles = [Oracle(policy, (3, 5), layer, 8) for layer in range(2)]
+    for _ in range(60):
+        for layer, oracle in enumerate(oracles):
+            tokens = random.randint(1, 4)
+            chosen = torch.stack([torch.tensor(random.sample(range(8), 2)) for _ in range(tokens)])
+            found = cache.find(layer, chosen, tokens)
+            cache.copy(layer, 0)
+            cache.copy(layer, 1)
+            for expert, place in zip(chosen.flatten().tolist(), found.places.tolist(), strict=True):
+                assert torch.equal(found.pool[place], host[layer, expert])
+            oracle.step(chosen.flatten().tolist(), [])
+            assert set(cache.resident(layer)) == {e for e in range(8) if e in oracle.policy}
+    assert cache.count(Traffic()).hits == sum(oracle.hits for oracle in oracles)
+
+
+def test_a_reset_cache_decides_as_a_fresh_one() -> None:
+    for policy in ("mix", "static"):
+        cache, _ = make(8, 2, (3, 2), 2, 0, policy)
+        kept: list[list[set[int]]] = []
+        steps = [random.sample(range(8), 2) for _ in range(60)]
+        for _ in range(2):
+            cache.reset()
+            kept.append([])
+            for needed in steps:
+                cache.find(0, torch.tensor([needed]), 1)
+                kept[-1].append(set(cache.resident(0)))
+        assert kept[0] == kept[1]
+
+
+def test_warming_keeps_of_a_static_set_whom_it_is_given() -> None:
+    cache, host = make(quota=(3, 3), policy="static")
+    mine = hot("static", 8, (3, 3))[1]
+    cache.warm(1, [(e, host[1, e]) for e in mine[:2]])
+    assert set(cache.resident(1)) == set(mine[:2])
+    for expert, blob in cache.resident(1).items():
+        assert torch.equal(blob, host[1, expert])
+
+
+@pytest.mark.parametrize("policy", ["lru", "static"])
+def test_every_buffer_has_one_owner(policy: str) -> None:
+    cache, _ = make(quota=(2, 1), policy=policy)
     for _ in range(100):
         for layer in range(2):
             cache.find(layer, torch.tensor([random.sample(range(8), 2)]), 1)
@@ -177,7 +245,7 @@ def test_guesses_that_are_never_right_are_rarely_tried() -> None:
     assert sum(issued[100:]) <= 2 * (200 // 16 + 1)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "mix"])
 @pytest.mark.parametrize("quota", [1, 3, 7])
 def test_warming_keeps_the_last_used(policy: str, quota: int) -> None:
     cache, host = make(quota=(quota, quota), policy=policy)

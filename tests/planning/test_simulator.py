@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import cache as memo
 from itertools import combinations, pairwise
+from math import fsum
 from typing import Any
 
 import numpy as np
@@ -14,22 +15,28 @@ import torch
 from moeflow.artifact.layout import expert_layout
 from moeflow.errors import DocumentError, UsageError
 from moeflow.offload.cache import ExpertCache
-from moeflow.offload.policy import LruPolicy
+from moeflow.offload.policy import LruPolicy, Rule
 from moeflow.offload.routing import markov, uniform
 from moeflow.offload.trace import Routes
 from moeflow.offload.traffic import Traffic
+from moeflow.planning.fitting import Fit
 from moeflow.planning.guessing import GuessedCache, guessed_routes, landing_buffers, replay_guesses
 from moeflow.planning.optimum import optimal_hits
 from moeflow.planning.recency import recent_hits
-from moeflow.planning.replay import _hits
+from moeflow.planning.replay import _hits, replay
 from moeflow.planning.simulator import hit_rates, simulate, thinned
 from moeflow.schema import DenseScheme, ExpertLayer, Guessing, Manifest, Plan
+from moeflow.schema.profile import HALF_LIFE
 
 
 def fresh_seed() -> int:
     seed = random.randrange(1 << 30)
     print("seed", seed)
     return seed
+
+
+RULES = [Rule("lru"), Rule("lfu"), Rule("mix", 5), Rule("static", hot=(tuple(range(8)), (7, 2, 5, 1, 3, 4, 6, 0)) * 2)]
+rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 
 
 def guessing(**change: Any) -> Guessing:
@@ -57,12 +64,14 @@ class SlowCache:
 
     def worth(self, expert: int) -> tuple[float, int]:
         uses = [i for i, e in enumerate(self.history) if e == expert]
+        if self.policy == "mix":
+            return fsum(2.0 ** ((i - len(self.history)) / HALF_LIFE) for i in uses), uses[-1]
         periods = len(self.history) // 64
         fame = sum(0.5 ** (periods - i // 64) for i in uses) if self.policy == "lfu" else 0.0
         return fame, uses[-1]
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "mix"])
 @pytest.mark.parametrize(("experts", "top_k"), [(5, 1), (8, 2), (9, 4)])
 def test_hit_rates_are_those_of_plain_lists(policy: str, experts: int, top_k: int) -> None:
     routes = markov(2, experts, top_k, 120, fresh_seed())
@@ -131,8 +140,8 @@ def test_no_policy_beats_the_optimum(source: Any, experts: int, top_k: int) -> N
     routes = source(3, experts, top_k, 80, fresh_seed())
     ks = sorted({0, 1, top_k, experts // 2, experts - 1, experts})
     best = hit_rates(routes, experts, "optimum", ks)
-    for policy in ("lru", "lfu"):
-        assert (hit_rates(routes, experts, policy, ks) <= best).all()
+    for rule in (Rule("lru"), Rule("lfu"), Rule("mix", 4), Fit(routes, experts, "static", 1).rule):
+        assert (hit_rates(routes, experts, rule, ks) <= best).all()
     assert (np.diff(hit_rates(routes, experts, "optimum"), axis=1) >= 0).all()
 
 
@@ -171,42 +180,55 @@ class SilentLink:
     settle = wait
 
 
-def live_cache(layers: int, experts: int, policy: str, k: int, staging: int) -> tuple[ExpertCache, Traffic]:
+def live_cache(
+    layers: int, experts: int, rule: Rule, slots: tuple[int, ...], staging: int
+) -> tuple[ExpertCache, Traffic]:
     entry = ExpertLayer(
         module="m", router="r", experts=experts, layout=0, shard="s", data_offset=0, digests=(), relative_error=0.0
     )
     layouts = (expert_layout(64, 64, DenseScheme(), "bfloat16"),)
     manifest = Manifest.model_construct(layouts=layouts, layers=(entry,) * layers)
-    plan = Plan.model_construct(cache_slots=(k,) * layers, staging_slots=staging, policy=policy)
+    plan = Plan.model_construct(
+        cache_slots=slots,
+        staging_slots=staging,
+        policy=rule.name,
+        half_life=rule.half_life,
+        hot_experts=rule.hot[:layers],
+    )
     traffic = Traffic()
     link: Any = SilentLink()
     return ExpertCache(manifest, plan, link, torch.device("cpu"), traffic), traffic
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("k", [0, 1, 3, 8])
-def test_the_live_cache_counts_the_same_without_guesses(policy: str, k: int) -> None:
+@rules
+@pytest.mark.parametrize("slots", [(0, 0, 0), (1, 1, 1), (3, 3, 3), (8, 8, 8), (5, 0, 2)])
+def test_the_live_cache_counts_the_same_without_guesses(rule: Rule, slots: tuple[int, ...]) -> None:
     routes = markov(3, 8, 2, 200, fresh_seed())
-    live, traffic = live_cache(3, 8, policy, k, staging=2)
+    live, traffic = live_cache(3, 8, rule, slots, staging=2)
+    hits = [0, 0, 0]
     for needed in np.sort(routes, axis=-1).tolist():
         for layer in range(3):
+            before = traffic.hits
             list(live.fetch(layer, needed[layer]))
-    assert traffic.hits == round(float(hit_rates(routes, 8, policy)[:, k].mean()) * traffic.uses)
+            hits[layer] += traffic.hits - before
+    assert hits == replay(routes, rule, slots)
+    if len(set(slots)) == 1:
+        assert np.allclose(np.array(hits) / 400, hit_rates(routes, 8, rule, slots[:1])[:, 0])
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@rules
 @pytest.mark.parametrize("staging", [1, 2, 6])
 @pytest.mark.parametrize(("k", "depth", "experts"), [(0, 1, 2), (1, 1, 1), (2, 2, 2), (4, 1, 2), (4, 3, 1), (8, 1, 2)])
 def test_the_live_cache_decides_the_same_with_guesses(
-    policy: str, staging: int, k: int, depth: int, experts: int
+    rule: Rule, staging: int, k: int, depth: int, experts: int
 ) -> None:
     """Step by step: hits, guesses started and used, and who is kept."""
     seed = fresh_seed()
     layers, routes = 4, markov(4, 8, 2, 120, seed)
     asked = guessing(experts=experts, depth=depth, staging=staging)
     said = guessed_routes(routes, 8, asked, seed)
-    live, traffic = live_cache(layers, 8, policy, k, staging)
-    replayed = GuessedCache(layers, policy, k, staging)
+    live, traffic = live_cache(layers, 8, rule, (k,) * layers, staging)
+    replayed = GuessedCache(layers, rule, k, staging)
     for needed, guessed in zip(np.sort(routes, axis=-1).tolist(), said.tolist(), strict=True):
         for layer in range(layers):
             ahead = range(layer + 1, min(layers, layer + 1 + depth))
@@ -217,7 +239,7 @@ def test_the_live_cache_decides_the_same_with_guesses(
                 traffic.hits, traffic.guesses, traffic.guesses_used
             )  # fmt: skip
             assert {e for e in range(8) if e in replayed._policies[layer]} == set(live.resident(layer))
-    whole = replay_guesses(routes, said, policy, k, asked)
+    whole = replay_guesses(routes, said, rule, k, asked)
     assert (whole.hits, whole.guesses, whole.used) == (replayed.hits, replayed.guesses, replayed.used)
 
 
@@ -232,7 +254,7 @@ def test_a_gpu_hit_as_often(layers: int, experts: int, top_k: int, k: int, measu
 
 def counts(routes: Routes, asked: Guessing, k: int = 2) -> tuple[int, int, int, int]:
     """Hits, guesses, guesses used, and uses outside layer 0, which nothing guesses."""
-    rows, _ = simulate(routes, 8, [k], ["lru"], asked, seed=3)
+    rows, _ = simulate(routes, 8, [k], [Rule("lru")], asked, seed=3)
     row = next(row for row in rows if row.guesses is not None)
     assert row.guesses is not None and row.guesses_used is not None
     return sum(row.hits), row.guesses, row.guesses_used, routes[:, 1:].size
@@ -253,7 +275,7 @@ def test_guesses_that_are_never_right_waste_every_copy() -> None:
 
 def test_a_guess_too_early_may_serve_a_later_token() -> None:
     """As in the live cache, it stays until its buffer is needed."""
-    cache = GuessedCache(2, "lru", 0, staging=3)
+    cache = GuessedCache(2, Rule("lru"), 0, staging=3)
     cache.use(0, [0], [(1, 5)])
     cache.use(1, [4], [])
     cache.use(0, [0], [])
@@ -280,7 +302,7 @@ def test_the_token_before_is_guessed_where_it_is_not_kept() -> None:
 
 def test_simulate_reports_each_row_once_and_times_every_part() -> None:
     routes, seen = markov(2, 8, 2, 30, fresh_seed()), []
-    rows, timings = simulate(routes, 8, [2, 4], ["lru", "lfu"], guessing(), 1, seen.append)
+    rows, timings = simulate(routes, 8, [2, 4], [Rule("lru"), Rule("lfu")], guessing(), 1, seen.append)
     assert rows == seen
     names = [(row.policy, row.k, row.guesses is not None) for row in rows]
     plain = [(policy, k, False) for policy in ("lru", "lfu") for k in (2, 4)]
@@ -296,11 +318,20 @@ def test_simulate_reports_each_row_once_and_times_every_part() -> None:
             assert row.hits == tuple(rates.round().astype(int))
 
 
+def test_a_static_set_hits_its_experts_but_for_their_first_uses() -> None:
+    """Fitted to what is replayed, it is the best set that never changes."""
+    routes = markov(3, 8, 2, 200, fresh_seed())
+    rates = hit_rates(routes, 8, Fit(routes, 8, "static", 1).rule)
+    for layer in range(3):
+        counts = np.sort(np.bincount(routes[:, layer].reshape(-1), minlength=8))[::-1]
+        assert (400 * rates[layer]).round().tolist() == [0, *np.cumsum(np.maximum(counts - 1, 0))]
+
+
 def test_what_cannot_be_asked_is_refused() -> None:
     routes = uniform(2, 8, 2, 10, 0)
     with pytest.raises(UsageError, match="k is 9; a layer has 8 experts: give 0 to 8"):
         hit_rates(routes, 8, ks=[2, 9])
-    with pytest.raises(DocumentError, match="unknown cache policy 'fifo'; known: lfu, lru, optimum"):
+    with pytest.raises(DocumentError, match="unknown cache policy 'fifo'; known: lfu, lru, mix, optimum, static"):
         hit_rates(routes, 8, "fifo")
     with pytest.raises(UsageError, match="3 guesses a layer; routes are top-2"):
         guessed_routes(routes, 8, guessing(experts=3), 0)

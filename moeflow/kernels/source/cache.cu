@@ -5,13 +5,21 @@
 // at its tail: with as many as one step needs and guesses, a buffer that this step's products still read is never taken
 // again in the same step, however few slots a layer has. One warp a launch; the tables of the layer lie in shared memory.
 //
-// EXPERTS: of a layer. GUESSES: at most so many copies on a guess per layer. LFU: 1 for the least frequently used with
-// ageing every PERIOD uses, 0 for the least recently used. WARPS: of the copy kernels.
+// EXPERTS: of a layer. GUESSES: at most so many copies on a guess per layer. WARPS: of the copy kernels. The policy: LFU, 1 for
+// the least frequently used with ageing every PERIOD uses; MIX, 1 for the least sum of uses weighed by age; STATIC, 1 for a
+// fixed set; none of them for the least recently used.
 #include "primitives.cuh"
 
 #ifndef LFU
 #define LFU 0
 #endif
+#ifndef MIX
+#define MIX 0
+#endif
+#ifndef STATIC
+#define STATIC 0
+#endif
+#define SCORED (LFU || MIX)
 #ifndef PERIOD
 #define PERIOD 64
 #endif
@@ -25,6 +33,10 @@ enum { HITS, MISSES, GUESSED, USED };
 __shared__ int buffer_of[EXPERTS];   // of cached experts, else -1
 __shared__ int stamp[EXPERTS];
 __shared__ double count[EXPERTS];
+#if MIX
+constexpr double RESCALE = 4294967296.;
+__shared__ double weight, growth;    // of the next use; of each use over the one before
+#endif
 __shared__ int needed[EXPERTS];
 __shared__ int guess_of[EXPERTS];    // index of the guess that brought it, else -1
 __shared__ int place[EXPERTS];       // buffer in this step
@@ -45,14 +57,21 @@ __device__ __forceinline__ void give(const Ring& ring, int buffer) {
     ring.state[1] += 1;
 }
 
-// Notes a use. All lanes call it with the same expert.
+// Notes a use. All lanes call it with the same expert. A mix's sums and products are the host policy's, each rounded by itself.
 __device__ __forceinline__ void note(int expert, int* layer, int lane) {
+#if STATIC
+    return;
+#endif
     if (lane == 0) {
         layer[CLOCK] += 1;
         stamp[expert] = layer[CLOCK];
 #if LFU
         count[expert] += 1.;
         layer[USES] += 1;
+#endif
+#if MIX
+        count[expert] = __dadd_rn(count[expert], weight);
+        weight = __dmul_rn(weight, growth);
 #endif
     }
     __syncwarp(0xFFFFFFFFu);
@@ -62,15 +81,24 @@ __device__ __forceinline__ void note(int expert, int* layer, int lane) {
         __syncwarp(0xFFFFFFFFu);
     }
 #endif
+#if MIX
+    const bool rescale = weight >= RESCALE;
+    __syncwarp(0xFFFFFFFFu);
+    if (rescale) {
+        for (int e = lane; e < EXPERTS; e += 32) count[e] *= 1. / RESCALE;
+        if (lane == 0) weight *= 1. / RESCALE;
+        __syncwarp(0xFFFFFFFFu);
+    }
+#endif
 }
 
-// Who leaves: the least stamp, or the least count and among equals the least stamp.
+// Who leaves: the least stamp, or the least count or score and among equals the least stamp.
 __device__ __forceinline__ int victim(int lane) {
     double least = 1e300;
     int oldest = 0x7FFFFFFF, who = -1;
     for (int e = lane; e < EXPERTS; e += 32) {
         if (buffer_of[e] < 0) continue;
-        const double c = LFU ? count[e] : 0.;
+        const double c = SCORED ? count[e] : 0.;
         if (c < least || (c == least && stamp[e] < oldest)) { least = c; oldest = stamp[e]; who = e; }
     }
 #pragma unroll
@@ -87,6 +115,17 @@ __device__ __forceinline__ int victim(int lane) {
 __device__ void admit(int expert, int buffer, int* layer, const Ring& ring, int lane) {
     note(expert, layer, lane);
     if (lane == 0) place[expert] = buffer;
+#if STATIC
+    // The set's stamps are 1, all others 0, and it is never greater than the quota: who is of it has room.
+    if (lane == 0) {
+        if (stamp[expert]) {
+            layer[KEPT] += 1;
+            buffer_of[expert] = buffer;
+        } else give(ring, buffer);
+    }
+    __syncwarp(0xFFFFFFFFu);
+    return;
+#endif
     const int quota = layer[QUOTA];
     if (quota == 0) {
         if (lane == 0) give(ring, buffer);
@@ -133,7 +172,8 @@ __device__ void group(const long long* chosen, int n, int* found, int* starts, i
 
 // Looks up what the router chose for one layer.
 //   chosen [n]: expert ids, token by token
-//   buffers, stamps, counts [EXPERTS], layer [STATE], counters [4]: the layer's tables
+//   buffers, stamps [EXPERTS], layer [STATE], counters [4]: the layer's tables
+//   counts [EXPERTS + 2]: counts or scores; of a mix, also the weight of the next use, and the factor by which it grows
 //   ring, ring_state, ring_capacity: free buffers of the layer's blob size
 //   guesses [GUESSES, 2]: expert and buffer of each guess that was started for this layer, -1 where none; cleared
 //   stop [1]: raised, so that a guess still being copied gives way
@@ -157,11 +197,17 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
     for (int e = lane; e < EXPERTS; e += 32) {
         buffer_of[e] = buffers[e];
         stamp[e] = stamps[e];
-        if (LFU) count[e] = counts[e];
+        if (SCORED) count[e] = counts[e];
         needed[e] = 0;
         guess_of[e] = -1;
         place[e] = -1;
     }
+#if MIX
+    if (lane == 0) {
+        weight = counts[EXPERTS];
+        growth = counts[EXPERTS + 1];
+    }
+#endif
     __syncwarp(0xFFFFFFFFu);
     if (first >= 0) needed[first] = 1;
     for (int i = lane + 32; i < n; i += 32) needed[chosen[i]] = 1;
@@ -212,8 +258,11 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
     for (int e = lane; e < EXPERTS; e += 32) {
         buffers[e] = buffer_of[e];
         stamps[e] = stamp[e];
-        if (LFU) counts[e] = count[e];
+        if (SCORED) counts[e] = count[e];
     }
+#if MIX
+    if (lane == 0) counts[EXPERTS] = weight;
+#endif
     if (first >= 0) places[lane] = place[first];
     for (int i = lane + 32; i < n; i += 32) places[i] = place[chosen[i]];
     for (int g = lane; g < GUESSES; g += 32) guesses[2 * g] = -1;
