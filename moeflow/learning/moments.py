@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["TAIL", "Moments", "uses"]
+__all__ = ["TAIL", "Moments", "coming", "uses"]
 
 TAIL = 16
 """Tokens at the end of each pass that are left out: what comes after them is not seen, and 0.5^16 of it would count."""
