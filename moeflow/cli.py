@@ -217,10 +217,18 @@ def validate(
 def inspect(artifact: Artifact, as_json: Json = False) -> None:
     """Show what an artifact holds: sizes by role, bits, errors, the layout of a blob."""
     from moeflow.artifact.reader import Artifact as Opened
-    from moeflow.console import show_manifest
+    from moeflow.console import say, show_manifest
+    from moeflow.pipeline import BITS
+    from moeflow.schema import BitChoice
 
     manifest = Opened.open(artifact).manifest
-    return typer.echo(manifest.to_json(), nl=False) if as_json else show_manifest(manifest)
+    if as_json:
+        return typer.echo(manifest.to_json(), nl=False)
+    show_manifest(manifest)
+    if (artifact / BITS).is_file():
+        chosen = BitChoice.load(artifact / BITS)
+        say(f"{BITS}: {chosen.reason}")
+    return None
 
 
 @app.command()

@@ -8,6 +8,7 @@ from moeflow.errors import DocumentError
 from moeflow.files import read_document
 from moeflow.schema.base import Document
 from moeflow.schema.benchmark import Benchmark
+from moeflow.schema.choice import BitChoice
 from moeflow.schema.evaluation import Evaluation
 from moeflow.schema.hardware import HardwareProfile
 from moeflow.schema.manifest import Manifest
@@ -19,7 +20,7 @@ from moeflow.schema.simulation import Simulation
 __all__ = ["KINDS", "load_any"]
 
 KINDS: tuple[type[Document], ...] = (
-    Profile, HardwareProfile, Plan, Manifest, Benchmark, Simulation, Sensitivity, Evaluation,
+    Profile, HardwareProfile, Plan, Manifest, Benchmark, Simulation, Sensitivity, Evaluation, BitChoice,
 )  # fmt: skip
 
 
