@@ -7,6 +7,7 @@ caught once, in `main`: one message, a documented exit code, a traceback only wi
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -216,10 +217,18 @@ def validate(
 def inspect(artifact: Artifact, as_json: Json = False) -> None:
     """Show what an artifact holds: sizes by role, bits, errors, the layout of a blob."""
     from moeflow.artifact.reader import Artifact as Opened
-    from moeflow.console import show_manifest
+    from moeflow.console import say, show_manifest
+    from moeflow.pipeline import BITS
+    from moeflow.schema import BitChoice
 
     manifest = Opened.open(artifact).manifest
-    return typer.echo(manifest.to_json(), nl=False) if as_json else show_manifest(manifest)
+    if as_json:
+        return typer.echo(manifest.to_json(), nl=False)
+    show_manifest(manifest)
+    if (artifact / BITS).is_file():
+        chosen = BitChoice.load(artifact / BITS)
+        say(f"{BITS}: {chosen.reason}")
+    return None
 
 
 @app.command()
@@ -279,6 +288,9 @@ def quickstart(
 
 def main() -> None:
     """Run the command line and exit with the error's code; typer itself ends usage errors (2) and Ctrl-C (130)."""
+    # Before torch starts OpenMP. By default its threads spin while they wait for each other, and where another program
+    # holds a core each small operation waits for that one's time slice: tens of milliseconds instead of microseconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     if len(arguments) < len(sys.argv) - 1:  # wherever it stands: people add it to the end of what has just failed
         arguments.insert(0, "--debug")

@@ -19,8 +19,12 @@ def allocate(
         float, typer.Option(min=0.0, help="Bits a weight over all experts, with scales, zeros and padding.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write.")] = Path("profile.yaml"),
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 file: errors are of what experts add to its first 4,096 tokens, not of weights."),
+    ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Recorded routes: errors count by how often an expert is used.")
+        Path | None, typer.Option(help="Recorded routes: errors of weights count by how often an expert is used.")
     ] = None,
     table: Annotated[
         Path | None, typer.Option(help="JSON of measured errors: read where it is there, else written.")
@@ -53,7 +57,7 @@ def allocate(
     schemes = [SCHEMES[name] for name in names]
     with progress_bar() as progress:
         found = pipeline.allocate(
-            model, budget, schemes=schemes, trace=trace, table=table, by_layer=by_layer, progress=progress
+            model, budget, schemes=schemes, text=text, trace=trace, table=table, by_layer=by_layer, progress=progress
         )
     profile, why = Profile(model=model, quantization=found.quantization), found.reasons()
     write_text(output, annotated(pipeline.seen_from(output.parent, profile), why))

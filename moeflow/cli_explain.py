@@ -80,12 +80,18 @@ def _machine(directory: Path, plan: Plan) -> HardwareProfile | None:
 def _of_profile(path: Path) -> Explanation:
     """Of a plan that is made on the fly, from a config or headers."""
     from moeflow.artifact.outline import outline
+    from moeflow.console import say
     from moeflow.pipeline import read_profile, resolve_hardware
     from moeflow.planning.explanation import explain as take_apart
     from moeflow.planning.planner import make_plan
     from moeflow.planning.sizes import ModelSizes
+    from moeflow.planning.standin import NOTE, stand_in
 
-    profile: Profile = read_profile(path)
-    sizes = ModelSizes.of_checkpoint(outline(profile.model, profile.revision).checkpoint, profile.quantization)
+    asked: Profile = read_profile(path)
+    checkpoint = outline(asked.model, asked.revision).checkpoint
+    profile = stand_in(checkpoint, asked)
+    sizes = ModelSizes.of_checkpoint(checkpoint, profile.quantization)
+    if auto := asked.quantization.auto:
+        say(f"experts are {NOTE.format(units=auto.units, budget=auto.budget)}")
     hardware = resolve_hardware(profile.hardware)
     return take_apart(make_plan(profile, sizes, hardware), sizes, hardware)

@@ -222,6 +222,7 @@ def show_forecast(found: Forecast, to: Console = out) -> None:
         to,
         f"packing into {found.output}",
         [
+            *([("experts", found.note)] if found.note else []),
             ("disk", f"{format_size(found.disk_needed)} needed, {format_size(found.disk_free)} free{short}"),
             *((w.what, f"{_duration(w.seconds)} at {w.rate}") for w in found.work),
             ("together", f"about {_duration(found.seconds)}: they run beside each other; an estimate from these rates"),

@@ -27,10 +27,9 @@ def show_allotment(found: Allotment, to: Console = out) -> None:
         ("experts", "bits a weight", "bytes", "relative error", "squares beside chosen"),
         [chosen, *(_row(row, found.error) for row in found.uniform)],
     )
-    weighed = f"uses in {found.tokens:,} recorded tokens" if found.tokens else "all experts alike"
     facts = [
         ("budget", f"{found.budget:g} bits a weight: {found.bits:.3f} used"),
-        ("weights", weighed),
+        ("errors of", found.measured),
         ("bound", f"no choice within the budget has a relative error below {found.bound:.4f}"),
     ]
     fact_table(to, "", facts)

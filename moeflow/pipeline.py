@@ -13,24 +13,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moeflow import choice
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.hub import resolve_model
 from moeflow.artifact.outline import outline
-from moeflow.artifact.reader import PLAN, Artifact
+from moeflow.artifact.reader import MANIFEST, PLAN, Artifact
 from moeflow.errors import ArtifactError
 from moeflow.files import storage_errors
-from moeflow.offload.trace import load_trace
-from moeflow.planning.bits import Allotment, allot, even, importance
-from moeflow.planning.blobs import SCHEMES, Blobs
+from moeflow.planning.bits import Allotment
+from moeflow.planning.blobs import SCHEMES
 from moeflow.planning.forecast import Forecast, forecast
 from moeflow.planning.overrides import override
 from moeflow.planning.planner import make_plan
 from moeflow.planning.search import Candidate, candidates, choose
 from moeflow.planning.sizes import ModelSizes
+from moeflow.planning.standin import stand_in
 from moeflow.probe.machine import probe
 from moeflow.probe.match import find_hardware
 from moeflow.progress import Progress, silent
-from moeflow.schema import HardwareProfile, Plan, Profile, Scheme, Sensitivity
+from moeflow.schema import BitChoice, HardwareProfile, Manifest, Plan, Profile, Scheme
 
 if TYPE_CHECKING:
     from moeflow.engine import Engine
@@ -43,6 +44,8 @@ MIN_SPEED = 5.0
 PROFILE = "profile.yaml"
 HARDWARE = "hardware.yaml"
 ROUTES = "routes.npz"
+BITS = "bits.json"
+NOTES = ".moeflow"
 
 ProfileLike = str | Path | Mapping[str, Any] | Profile
 
@@ -55,9 +58,14 @@ def read_profile(profile: ProfileLike) -> Profile:
         return Profile.parse(dict(profile), "profile")
     read, here = Profile.load(profile), Path(profile).parent
     model = str(here / read.model) if read.model.startswith(".") else read.model
+    quantization = read.quantization
+    if auto := quantization.auto:
+        paths = {key: str(here / path) for key in ("text", "trace") if (path := getattr(auto, key)) is not None}
+        quantization = quantization.model_copy(update={"experts": auto.model_copy(update=paths)})
     is_path = read.hardware.endswith((".yaml", ".yml", ".json")) and not Path(read.hardware).is_absolute()
     read = _with_trace(read, lambda trace: str(here / trace))
-    return read.model_copy(update={"model": model, "hardware": str(here / read.hardware) if is_path else read.hardware})
+    hardware = str(here / read.hardware) if is_path else read.hardware
+    return read.model_copy(update={"model": model, "hardware": hardware, "quantization": quantization})
 
 
 def _with_trace(profile: Profile, place: Callable[[str], str]) -> Profile:
@@ -114,6 +122,7 @@ def allocate(
     budget: float,
     *,
     schemes: Sequence[Scheme] = (SCHEMES["2"], SCHEMES["3"], SCHEMES["4"]),
+    text: str | Path | None = None,
     trace: str | Path | None = None,
     table: str | Path | None = None,
     by_layer: bool = False,
@@ -125,43 +134,19 @@ def allocate(
         model: as in a profile; its weights are read, unless `table` has their errors.
         budget: bits a weight over all experts, with scales, zeros and padding.
         schemes: to choose from.
-        trace: recorded routes of the model; errors count by how often an expert is used.
+        text: a UTF-8 file; errors are of what experts add to its first tokens' hidden states, and not of weights.
+        trace: recorded routes of the model; errors of weights count by how often an expert is used.
         table: JSON of measured errors; what it lacks is measured and added.
         by_layer: all experts of a layer alike, so that the model can run device-driven.
         progress: told of bytes as they are quantized.
 
     Raises:
-        UsageError: the budget is below the smallest scheme or above the largest.
+        UsageError: the budget is below the smallest scheme or above the largest, or text and trace are both given.
         DocumentError: trace or table are of another model, or no scheme fits its dimensions.
     """
-    checkpoint = Checkpoint.open(resolve_model(model))
-    blobs = Blobs.of(checkpoint, schemes)
-    blobs.budget(budget)  # what cannot be met is refused before every expert is quantized
-    weights, tokens = even(blobs), 0
-    if trace is not None:
-        routes = load_trace(Path(trace))
-        routes.require(len(blobs.layers), blobs.experts, checkpoint.top_k, str(trace))
-        weights, tokens = importance(routes), len(routes.routes)
-    errors = _sensitivity(checkpoint, model, blobs.schemes, Path(table) if table is not None else None, progress)
-    return allot(blobs, errors, budget, weights, tokens, by_layer)
-
-
-def _sensitivity(
-    checkpoint: Checkpoint, model: str, schemes: Sequence[Scheme], table: Path | None, progress: Progress
-) -> Sensitivity:
-    """The errors under these schemes: what the file has of them, the rest measured and, with a file, added to it."""
-    known = Sensitivity.load(table) if table is not None and table.is_file() else None
-    if known is not None:
-        known.require(checkpoint.digest(), str(table))
-    if missing := known.missing(schemes) if known is not None else tuple(schemes):
-        from moeflow.sensitivity import measure
-
-        found = measure(checkpoint, model, missing, progress)
-        known = known.joined(found) if known is not None else found
-        if table is not None:
-            known.save(table)
-    assert known is not None, "nothing is missing only where something is known"
-    return known.of(schemes)
+    text, trace, table = (Path(path) if path is not None else None for path in (text, trace, table))
+    request = choice.Request(budget, tuple(schemes), by_layer, text, trace)
+    return choice.choose(Checkpoint.open(resolve_model(model)), model, request, table, progress)[0]
 
 
 def pack(
@@ -182,26 +167,31 @@ def pack(
         progress: told of bytes as they are written.
 
     Returns:
-        The artifact's directory. Packing again what is packed already does nothing.
+        The artifact's directory. Packing again what is packed already does nothing. With `bits: auto` the profile there
+        has the schemes that were chosen, and `bits.json` says why.
     """
     wanted = read_profile(profile)
     directory = Path(output) if output is not None else _default_output(profile, wanted)
     checkpoint = Checkpoint.open(resolve_model(wanted.model, wanted.revision))
-    sizes = ModelSizes.of_checkpoint(checkpoint, wanted.quantization)
     hardware = hardware or resolve_hardware(wanted.hardware)
-    make_plan(wanted, sizes, hardware)  # what cannot run is refused before hours of work
+    likely = stand_in(checkpoint, wanted)
+    make_plan(
+        likely, ModelSizes.of_checkpoint(checkpoint, likely.quantization), hardware
+    )  # refused before hours of work
+    wanted, made = _chosen(checkpoint, wanted, directory, overwrite, progress)
 
     from moeflow.artifact.packer import Packer
 
     packer = Packer(checkpoint, wanted.model, wanted.quantization, directory, progress)
     if packer.foreign() and not overwrite:
-        raise ArtifactError(
-            f"{directory}: holds an artifact made from another model or other settings; choose another output, "
-            "or overwrite it (`--overwrite`)"
-        )
+        raise _foreign(directory)
     packer.run(check=overwrite)
     _keep_trace(wanted, directory).save(directory / PROFILE)
     hardware.save(directory / HARDWARE)
+    if made is not None:
+        made.save(directory / BITS)
+    else:
+        (directory / BITS).unlink(missing_ok=True)  # of what was packed here before
     plan_offload(directory, hardware=hardware)
     return directory
 
@@ -215,6 +205,30 @@ def _keep_trace(profile: Profile, directory: Path) -> Profile:
     return _with_trace(profile, lambda _: ROUTES)
 
 
+def _chosen(
+    checkpoint: Checkpoint, wanted: Profile, directory: Path, overwrite: bool, progress: Progress
+) -> tuple[Profile, BitChoice | None]:
+    """The profile with schemes in place of `bits: auto`, and why; a place of another artifact is refused first."""
+    asked = wanted.quantization.auto
+    if asked is None:
+        return wanted, None
+    if (directory / MANIFEST).is_file() and not overwrite:
+        known = BitChoice.load(directory / BITS) if (directory / BITS).is_file() else None
+        same = known.asked == choice.without_paths(asked) if known else (directory / NOTES).is_dir()
+        if not same or Manifest.load(directory / MANIFEST).model.source_digest != checkpoint.digest():
+            raise _foreign(directory)
+    found, table = choice.measured_for(checkpoint, wanted.model, choice.of_profile(asked), directory / NOTES, progress)
+    chosen = wanted.model_copy(update={"quantization": found.applied_to(wanted.quantization)})
+    return chosen, choice.record(asked, found, table)
+
+
+def _foreign(directory: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{directory}: holds an artifact made from another model or other settings; choose another output, "
+        "or overwrite it (`--overwrite`)"
+    )
+
+
 def dry_run(
     profile: ProfileLike, output: str | Path | None = None, hardware: HardwareProfile | None = None
 ) -> Forecast:
@@ -226,7 +240,7 @@ def dry_run(
     place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir())
     with storage_errors(place, "measure"):
         free = shutil.disk_usage(place).free
-    return forecast(wanted, known, hardware, str(directory), free)
+    return forecast(stand_in(known.checkpoint, wanted), known, hardware, str(directory), free, wanted.quantization.auto)
 
 
 def _default_output(given: ProfileLike, profile: Profile) -> Path:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moeflow.engine import Engine
     from moeflow.model.recorder import RouteRecorder
 
-__all__ = ["check_writable", "recording", "trace_text"]
+__all__ = ["check_writable", "read_through", "recording", "text_ids", "trace_text"]
 
 
 def check_writable(path: Path) -> None:

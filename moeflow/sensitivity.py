@@ -2,7 +2,7 @@
 
 Errors are those of packing: the same quantizer, packed and restored, so that what is measured here is what
 an artifact has. One matrix is in memory at a time, with what is read ahead of it. It measures errors of weights, not of
-what the model says: which of them matter more is left to whoever weighs them.
+what the model says: which of them matter more is left to whoever weighs them, or to `moeflow.output_errors`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moeflow.progress import Progress, silent
 from moeflow.quantization.registry import quantizer_for
 from moeflow.schema import BlobLayout, LayerErrors, Scheme, Sensitivity
 
-__all__ = ["measure"]
+__all__ = ["expert_tasks", "layouts_of", "measure"]
 
 
 def measure(checkpoint: Checkpoint, model: str, schemes: Sequence[Scheme], progress: Progress = silent) -> Sensitivity:
@@ -38,10 +38,10 @@ def measure(checkpoint: Checkpoint, model: str, schemes: Sequence[Scheme], progr
         DocumentError: a scheme's groups do not fit the model's dimensions.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layouts = [_layouts(checkpoint, layer, schemes) for layer in checkpoint.layers]
-    done, total = 0, sum(task.nbytes for task in _tasks(checkpoint, layouts, device))
+    layouts = [layouts_of(checkpoint, layer, schemes) for layer in checkpoint.layers]
+    done, total = 0, sum(task.nbytes for task in expert_tasks(checkpoint, layouts, device))
     found = []
-    with read_ahead(_tasks(checkpoint, layouts, device)) as sources:
+    with read_ahead(expert_tasks(checkpoint, layouts, device)) as sources:
         for number, (layer, own) in enumerate(zip(checkpoint.layers, layouts, strict=True), start=1):
             squares, errors = [], []
             for _ in layer.experts:
@@ -55,13 +55,13 @@ def measure(checkpoint: Checkpoint, model: str, schemes: Sequence[Scheme], progr
     return Sensitivity(model=model, source_digest=checkpoint.digest(), schemes=tuple(schemes), layers=tuple(found))
 
 
-def _layouts(checkpoint: Checkpoint, layer: MoeLayer, schemes: Sequence[Scheme]) -> list[BlobLayout]:
+def layouts_of(checkpoint: Checkpoint, layer: MoeLayer, schemes: Sequence[Scheme]) -> list[BlobLayout]:
     """Of an expert of the layer, per scheme; their matrices are the same in all but how they are stored."""
     family, dtype = checkpoint.family, checkpoint.dtype
     return [expert_layout(layer.hidden, layer.intermediate, scheme, dtype, family.biased) for scheme in schemes]
 
 
-def _tasks(
+def expert_tasks(
     checkpoint: Checkpoint, layouts: Sequence[Sequence[BlobLayout]], device: torch.device
 ) -> Iterator[Task[Source]]:
     """Every matrix of every expert, in order."""

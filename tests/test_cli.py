@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -333,3 +334,13 @@ def test_a_dry_run_shows_numbers_and_writes_nothing(moe, tmp_path: Path, monkeyp
     code, out, _ = moe("pack", profile, "--dry-run", "--json", "-o", "elsewhere")
     assert code == 0 and json.loads(out)["output"] == "elsewhere" and json.loads(out)["plan"]["cache_slots"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_wait_leave_their_core_to_others(
+    moe: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's OpenMP reads this once, when it is loaded; what the user set stays."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert moe("--help")[0] == 0 and os.environ["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert moe("--help")[0] == 0 and os.environ["OMP_WAIT_POLICY"] == "active"

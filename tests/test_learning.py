@@ -19,6 +19,7 @@ from moeflow.learning.fitting import RIDGE, fit
 from moeflow.learning.judgement import scores_of
 from moeflow.learning.moments import TAIL, Moments
 from moeflow.learning.training import train_predictor
+from moeflow.offload.policy import Rule
 from moeflow.planning.ranking import scored_hits
 from moeflow.planning.replay import replay
 from moeflow.schema import PredictorCard
@@ -98,7 +99,7 @@ def test_scores_replayed_are_a_cache_that_keeps_the_greatest() -> None:
         for layer in range(LAYERS):
             for place, expert in enumerate(sorted(routes[token, layer].tolist())):
                 last[token, layer, expert] = 2 * token + place
-    assert scored_hits(routes, last, TOP_K).tolist() == replay(routes, "lru", TOP_K)
+    assert scored_hits(routes, last, TOP_K).tolist() == replay(routes, Rule("lru"), (TOP_K,) * LAYERS)
 
 
 @pytest.fixture(scope="module")

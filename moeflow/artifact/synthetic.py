@@ -21,6 +21,7 @@ from moeflow.schema import Manifest, Quantization, Shard
 
 __all__ = [
     "STORED", "Shape", "bare_checkpoint", "config_dtype", "plain_config", "synthetic_checkpoint", "synthetic_manifest",
+    "unpacked_manifest",
 ]  # fmt: skip
 
 Shape = tuple[str, tuple[int, ...]]
@@ -98,7 +99,16 @@ def synthetic_manifest(config: Mapping[str, Any], quantization: Quantization, so
         CheckpointError: moeflow does not know the family, or transformers refuses the config.
         DocumentError: a group size does not fit the model's dimensions.
     """
-    blueprint = Blueprint(synthetic_checkpoint(config, source), source, quantization)
+    return unpacked_manifest(synthetic_checkpoint(config, source), source, quantization)
+
+
+def unpacked_manifest(checkpoint: Checkpoint, source: str, quantization: Quantization) -> Manifest:
+    """The manifest of the artifact that a checkpoint would make, of what headers tell.
+
+    Raises:
+        DocumentError: a group size does not fit the model's dimensions.
+    """
+    blueprint = Blueprint(checkpoint, source, quantization)
     layers = []
     shards = []
     for position, layer in enumerate(blueprint.checkpoint.layers):

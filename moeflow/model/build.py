@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moeflow.artifact.matrix import allocate_blobs, segment_view
 from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.artifact.reader import Artifact
+from moeflow.artifact.unpacked import UnpackedArtifact
 from moeflow.errors import ArtifactError
 from moeflow.model.device_experts import DeviceRunner
 from moeflow.model.experts import IMPLEMENTATION, ExpertRunner, offloaded_experts
@@ -24,17 +25,33 @@ from moeflow.model.routers import find_routers
 from moeflow.offload.predictor import next_gate
 from moeflow.schema import Plan
 
-__all__ = ["build_model"]
+__all__ = ["Runner", "bare_model", "build_model"]
+
+
+class Runner(Protocol):
+    """Computes experts."""
+
+    def run(self, layer: int, module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum [T, H] of each token's experts, as `ExpertRunner.run` has it."""
 
 
 def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner | DeviceRunner, device: torch.device) -> nn.Module:
-    """The causal language model of `artifact`, ready to run on `device`."""
+    """The causal language model of `artifact`, ready to run on `device`, with guesses where the plan has some."""
+    dtype = getattr(torch, plan.dtype)
+    model = bare_model(artifact, dtype, runner, device)
+    if plan.prefetch.depth and plan.strategy == "full":
+        routers = find_routers(model, artifact.manifest.layers, plan.prefetch.experts, dtype)
+        runner.predictor = next_gate(routers, plan.prefetch.depth) if routers else None
+    return model
+
+
+def bare_model(artifact: Artifact, dtype: torch.dtype, runner: Runner, device: torch.device) -> nn.Module:
+    """The causal language model of `artifact`, whose experts `runner` computes."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_experts)
-    dtype = getattr(torch, plan.dtype)
     config = AutoConfig.from_pretrained(artifact.directory)
     with init_empty_weights(include_buffers=False):  # rotary tables are buffers that no checkpoint holds
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=IMPLEMENTATION)
@@ -45,15 +62,16 @@ def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner | DeviceRun
         experts.moeflow = (runner, position)
     _assign_resident(model, artifact, dtype, device)
     model.to(device).eval().requires_grad_(False)
-    if plan.prefetch.depth and plan.strategy == "full":
-        routers = find_routers(model, artifact.manifest.layers, plan.prefetch.experts, dtype)
-        runner.predictor = next_gate(routers, plan.prefetch.depth) if routers else None
     return model
 
 
 def _assign_resident(model: Any, artifact: Artifact, dtype: torch.dtype, device: torch.device) -> None:
     manifest = artifact.manifest
-    read = artifact.resident if isinstance(artifact, RandomArtifact) else lambda d, t: _stored(artifact, d, t)
+    read = (
+        artifact.resident
+        if isinstance(artifact, RandomArtifact | UnpackedArtifact)
+        else lambda d, t: _stored(artifact, d, t)
+    )
     buffers = {name for name, _ in model.named_buffers()}  # real from the start: without a tensor silently zero
     dense, packed = read(device, _dtypes(model, dtype))
     for matrix in manifest.resident:

@@ -27,7 +27,7 @@ from moeflow.offload.predictor import Guesser
 from moeflow.offload.stream import LayerStream
 from moeflow.schema import Manifest, PackedMatrix, Plan
 
-__all__ = ["ExpertRunner", "IMPLEMENTATION", "offloaded_experts"]
+__all__ = ["ExpertRunner", "IMPLEMENTATION", "multiply", "offloaded_experts"]
 
 IMPLEMENTATION = "moeflow"
 # Streaming moves all experts of a layer, fetching only those needed; with this many choices per expert a uniform
@@ -194,12 +194,14 @@ class ExpertRunner:
             weights = self._unpackers[layout][index](blob, self._workspace)
         else:
             weights = dequantize(matrix, parts_of(matrix, blob), self.dtype)
-        if not matrix.bias:
-            return torch.mm(x, weights.T, out=out)
-        return torch.addmm(self._bias(matrix, blob), x, weights.T, out=out)
+        return multiply(matrix, weights, blob, x, out)
 
-    def _bias(self, matrix: PackedMatrix, blob: Tensor) -> Tensor:
-        return parts_of(matrix, blob)["bias"].to(self.dtype)
+
+def multiply(matrix: PackedMatrix, weights: Tensor, blob: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [t, K] through an expert's matrix, unpacked to `weights` [N, K], with its bias if it has one: [t, N]."""
+    if not matrix.bias:
+        return torch.mm(x, weights.T, out=out)
+    return torch.addmm(parts_of(matrix, blob)["bias"].to(weights.dtype), x, weights.T, out=out)
 
 
 class _Groups:

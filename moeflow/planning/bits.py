@@ -1,8 +1,8 @@
 """Bits for every expert, or every layer's experts, under a budget: measured errors in, a quantization out.
 
-An expert's error counts as often as a trace used it, so that what is small is the error of what runs. Errors are of
-weights, in sums of squares: what an expert's inputs are like, and what the layers behind it make of its error, is not
-looked at. `moeflow.planning.allocation` chooses; here its numbers get their meaning, and its choices become overrides.
+Errors of weights count as often as a trace used their expert, so that what is small is the error of what runs; errors
+of outputs on a text have that in them already. What the layers behind an expert make of its error is not looked at.
+`moeflow.planning.allocation` chooses; here its numbers get their meaning, and its choices become overrides.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy.typing as npt
 from moeflow.offload.trace import Trace
 from moeflow.planning.allocation import Floats, Ints, allocate
 from moeflow.planning.blobs import Blobs
-from moeflow.schema import Override, Quantization, Scheme, Sensitivity
+from moeflow.schema import MeasuredText, Override, Quantization, Scheme, Sensitivity
 from moeflow.schema.layers import written
 
-__all__ = ["Allotment", "Uniform", "allot", "even", "importance"]
+__all__ = ["Allotment", "Uniform", "allot", "even", "importance", "quantization"]
 
 
 def importance(trace: Trace) -> Floats:
@@ -67,6 +67,8 @@ class Allotment:
     by_layer: bool
     tokens: int
     """Of the trace that experts are weighted by; 0 without one."""
+    text: MeasuredText | None = None
+    """Errors are of outputs on its tokens; without, of weights."""
 
     @cached_property
     def expert_nbytes(self) -> Ints:
@@ -120,29 +122,27 @@ class Allotment:
 
     @property
     def quantization(self) -> Quantization:
-        """The commonest scheme for all, and as few overrides as say what differs."""
-        common = int(np.bincount(self.choices.ravel()).argmax())
-        layers_of: dict[tuple[int, str | None], list[int]] = defaultdict(list)
-        for layer, row in zip(self.blobs.layers, self.choices, strict=True):
-            for number in np.unique(row[row != common]).tolist():
-                experts = np.flatnonzero(row == number)
-                some = written(experts.tolist()) if len(experts) < len(row) else None
-                layers_of[number, some].append(layer)
-        schemes = self.blobs.schemes
-        overrides = tuple(
-            Override(layers=written(layers), only_experts=some, experts=schemes[number])
-            for (number, some), layers in layers_of.items()
-        )
-        return Quantization.model_validate({"experts": schemes[common], "overrides": overrides})
+        """With default schemes for all but experts."""
+        return self.applied_to(Quantization())
+
+    def applied_to(self, asked: Quantization) -> Quantization:
+        """The commonest scheme for all experts, and as few overrides as say what differs; the rest as asked."""
+        return asked.chosen(*quantization(self.blobs, self.choices))
+
+    @property
+    def measured(self) -> str:
+        """Errors of what, in words."""
+        if self.text is not None:
+            return f"outputs on {self.text.tokens:,} tokens of {self.text.name}"
+        return "weights, " + (f"by uses in {self.tokens:,} recorded tokens" if self.tokens else "all experts alike")
 
     def reasons(self) -> dict[str, str]:
         """Why, by key of the profile, as `moeflow.planning.reasons` has it."""
         what = "layer" if self.by_layer else "expert"
-        weighed = f"weighted by its uses in {self.tokens:,} recorded tokens" if self.tokens else "all experts alike"
         shares = ", ".join(f"{scheme.label} {share:.0%}" for scheme, share in self.shares.items() if share)
         text = (
             f"Bits of every {what} for at most {self.budget:g} bits a weight over all experts, with scales, zeros and "
-            f"padding: {self.bits:.3f}. Chosen for the least sum of squares of measured errors, {weighed}. Share of "
+            f"padding: {self.bits:.3f}. Chosen for the least sum of squares of errors of {self.measured}. Share of "
             f"experts: {shares}. Relative error {self.error:.4f}; none within the budget is below {self.bound:.4f}. "
             f"All alike: {'; '.join(f'{r.scheme.label} {r.error:.4f} at {r.bits:.3f} bits' for r in self.uniform)}."
         )
@@ -152,12 +152,29 @@ class Allotment:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        mine = {"budget": self.budget, "bits": self.bits, "nbytes": self.nbytes, "error": self.error}
+        mine: dict[str, Any] = {"budget": self.budget, "bits": self.bits, "nbytes": self.nbytes, "error": self.error}
         labels = [scheme.label for scheme in self.blobs.schemes]
         rows = zip(self.blobs.layers, self.choices.tolist(), strict=True)
         choices = {str(layer): [labels[number] for number in row] for layer, row in rows}
         alike = [{"scheme": r.scheme.label, "bits": r.bits, "nbytes": r.nbytes, "error": r.error} for r in self.uniform]
+        mine |= {"measured": self.measured}
         return {**mine, "bound": self.bound, "uniform": alike, "choices": choices}
+
+
+def quantization(blobs: Blobs, choices: npt.NDArray[np.int64]) -> tuple[Scheme, tuple[Override, ...]]:
+    """The commonest scheme of `choices` [L, E], and as few overrides as say what differs."""
+    common = int(np.bincount(choices.ravel()).argmax())
+    layers_of: dict[tuple[int, str | None], list[int]] = defaultdict(list)
+    for layer, row in zip(blobs.layers, choices, strict=True):
+        for number in np.unique(row[row != common]).tolist():
+            experts = np.flatnonzero(row == number)
+            some = written(experts.tolist()) if len(experts) < len(row) else None
+            layers_of[number, some].append(layer)
+    overrides = tuple(
+        Override(layers=written(layers), only_experts=some, experts=blobs.schemes[number])
+        for (number, some), layers in layers_of.items()
+    )
+    return blobs.schemes[common], overrides
 
 
 def allot(
@@ -187,4 +204,4 @@ def allot(
         sizes = np.repeat(blobs.sizes, experts, axis=0)  # [L * E, S]
         found = allocate(errors.reshape(-1, schemes), np.ones(layers * experts), sizes, room)
         choices = np.array(found.choices).reshape(layers, experts)
-    return Allotment(blobs, choices, errors, float(squares.sum()), found.bound, budget, by_layer, tokens)
+    return Allotment(blobs, choices, errors, float(squares.sum()), found.bound, budget, by_layer, tokens, table.text)

@@ -16,7 +16,8 @@ from moeflow.artifact.role_sizes import RoleSize, role_sizes
 from moeflow.errors import MoeflowError
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import ModelSizes
-from moeflow.schema import BitsAndBytesScheme, HardwareProfile, Plan, Profile, Scheme
+from moeflow.planning.standin import NOTE
+from moeflow.schema import AutoBits, BitsAndBytesScheme, HardwareProfile, Plan, Profile, Scheme
 from moeflow.schema.units import format_rate
 
 __all__ = ["Forecast", "Work", "forecast"]
@@ -53,6 +54,8 @@ class Forecast:
     refusal: str
     """Why there is no plan: what `pack` would say."""
     work: tuple[Work, ...]
+    note: str = ""
+    """What the experts' sizes are, where bits are yet to be chosen."""
 
     @property
     def disk_needed(self) -> int:
@@ -72,8 +75,15 @@ class Forecast:
         return {**plain, "disk_needed": self.disk_needed, "seconds": round(self.seconds, 1)}
 
 
-def forecast(profile: Profile, known: Outline, hardware: HardwareProfile, output: str, disk_free: int) -> Forecast:
-    """What packing `profile` into `output` would make.
+def forecast(
+    profile: Profile,
+    known: Outline,
+    hardware: HardwareProfile,
+    output: str,
+    disk_free: int,
+    auto: AutoBits | None = None,
+) -> Forecast:
+    """What packing `profile` into `output` would make; `auto` is what its experts' schemes stand for.
 
     Raises:
         DocumentError: a scheme does not fit the model.
@@ -95,6 +105,7 @@ def forecast(profile: Profile, known: Outline, hardware: HardwareProfile, output
         plan=plan,
         refusal=refusal,
         work=tuple(_work(roles, known.nbytes, hardware)),
+        note=NOTE.format(units=auto.units, budget=auto.budget) if auto else "",
     )
 
 

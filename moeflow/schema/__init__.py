@@ -1,7 +1,9 @@
 """The documents that stages take and return, as frozen pydantic models. Imports no torch."""
 
+from moeflow.schema.auto import AutoBits
 from moeflow.schema.base import Document, Part
 from moeflow.schema.benchmark import Benchmark, BenchmarkRow, Environment, Limits
+from moeflow.schema.choice import BitChoice
 from moeflow.schema.evaluation import (
     Divergence,
     Evaluated,
@@ -38,12 +40,14 @@ from moeflow.schema.quantization import (
     ResidentRole,
     Scheme,
 )
-from moeflow.schema.sensitivity import LayerErrors, Sensitivity
+from moeflow.schema.sensitivity import LayerErrors, MeasuredText, Sensitivity
 from moeflow.schema.simulation import Guessing, SimulatedRow, Simulation, Timing
 
 __all__ = [
+    "AutoBits",
     "Benchmark",
     "BenchmarkRow",
+    "BitChoice",
     "BitsAndBytesScheme",
     "BlobLayout",
     "BusState",
@@ -69,6 +73,7 @@ __all__ = [
     "LinkPoint",
     "Manifest",
     "Measured",
+    "MeasuredText",
     "Memory",
     "MemoryBudget",
     "ModelFacts",

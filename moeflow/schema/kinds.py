@@ -8,6 +8,7 @@ from moeflow.errors import DocumentError
 from moeflow.files import read_document
 from moeflow.schema.base import Document
 from moeflow.schema.benchmark import Benchmark
+from moeflow.schema.choice import BitChoice
 from moeflow.schema.evaluation import Evaluation, TaskEvaluation
 from moeflow.schema.hardware import HardwareProfile
 from moeflow.schema.manifest import Manifest
@@ -21,7 +22,7 @@ __all__ = ["KINDS", "load_any"]
 
 KINDS: tuple[type[Document], ...] = (
     Profile, HardwareProfile, Plan, Manifest, Benchmark, Simulation, Sensitivity, Evaluation,
-    TaskEvaluation, PredictorCard,
+    TaskEvaluation, PredictorCard, BitChoice,
 )  # fmt: skip
 
 

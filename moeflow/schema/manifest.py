@@ -156,6 +156,8 @@ class Manifest(Document):
     def _consistent(self) -> Self:
         """What the parts say of each other."""
         files = {shard.file for shard in self.shards}
+        if self.quantization.auto:
+            raise ValueError("quantization.experts is bits: auto; a packed model has schemes")
         if not self.layers:
             raise ValueError("layers is empty; a packed model has at least one MoE layer")
         for i, layer in enumerate(self.layers):

@@ -3,7 +3,8 @@
 hqq: half-quadratic quantization, groups along the input dimension, a scale and zero per group
 (https://mobiusml.github.io/hqq_blog). bitsandbytes: nf4 (QLoRA, https://arxiv.org/abs/2305.14314) and int8
 (LLM.int8(), https://arxiv.org/abs/2208.07339). none: the checkpoint's own 16 bits. Which code does it is the
-business of `moeflow.quantization`; what is stored, of `moeflow.artifact.layout`.
+business of `moeflow.quantization`; what is stored, of `moeflow.artifact.layout`. `{bits: auto, budget: 2.75}` is no
+scheme yet: packing measures, and puts schemes in its place (`moeflow.schema.auto`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from moeflow.schema.auto import AutoBits, auto_backend
 from moeflow.schema.base import Part
 from moeflow.schema.layers import ExpertPattern, LayerPattern, shared, spans
 
@@ -21,6 +23,7 @@ __all__ = [
     "HqqScheme",
     "BitsAndBytesScheme",
     "DenseScheme",
+    "ExpertScheme",
     "Scheme",
     "Override",
     "Quantization",
@@ -92,6 +95,12 @@ class DenseScheme(Part):
 
 
 Scheme = Annotated[HqqScheme | BitsAndBytesScheme | DenseScheme, Field(discriminator="backend")]
+ExpertScheme = Annotated[
+    HqqScheme | BitsAndBytesScheme | DenseScheme | AutoBits,
+    Field(discriminator="backend"),
+    BeforeValidator(auto_backend),
+]
+"""A scheme, or that one is to be chosen for each layer or expert."""
 
 
 def _is_dense(scheme: Scheme) -> bool:
@@ -188,8 +197,8 @@ def _check_overrides(overrides: tuple[Override, ...]) -> tuple[Override, ...]:
 class Quantization(Part):
     """A scheme per role; embeddings, routers and norms always stay as they are (paper, section 3.3)."""
 
-    experts: Scheme = HqqScheme(bits=4, group_size=64)
-    """The experts' matrices: nearly all of the model."""
+    experts: ExpertScheme = HqqScheme(bits=4, group_size=64)
+    """The experts' matrices: nearly all of the model. `{bits: auto, budget: 2.75}` in a profile: chosen by packing."""
     attention: Scheme = HqqScheme(bits=4, group_size=64)
     """The attention's projections: small, read for every token, and sensitive."""
     # Those below are left out of documents where they change nothing: documents made before them keep their digests.
@@ -202,18 +211,37 @@ class Quantization(Part):
     )
     """Other schemes for some layers or experts: sensitive ones, such as the first and the last, may keep more bits."""
 
+    @property
+    def auto(self) -> AutoBits | None:
+        """How the experts' bits are to be chosen; None where they are said."""
+        return self.experts if isinstance(self.experts, AutoBits) else None
+
+    def chosen(self, experts: Scheme, overrides: tuple[Override, ...]) -> Self:
+        """With these in place of `auto`; overrides of other roles stay."""
+        return self.model_validate({**dict(self), "experts": experts, "overrides": (*self.overrides, *overrides)})
+
+    @model_validator(mode="after")
+    def _chooses_or_says(self) -> Self:
+        if self.auto and (said := [o.layers for o in self.overrides if o.experts is not None]):
+            raise ValueError(
+                f"experts are bits: auto, and an override names a scheme for those of layers {said[0]}: "
+                "leave out one of the two"
+            )
+        return self
+
     def scheme(self, role: LayerRole | ResidentRole, layer: int | None, expert: int | None = None) -> Scheme:
         """Of the matrices of `role` in a layer, of one `expert` if it is given; layer None: they are in no layer."""
         for override in self.overrides:
             if role in override.schemes and override.covers(layer) and override.includes(expert):
                 return next(scheme for name, scheme in override.schemes.items() if name == role)
+        assert role != "experts" or self.auto is None, "bits: auto is resolved before anyone asks for a scheme"
         own: Scheme = getattr(self, role)
         return own
 
     def __str__(self) -> str:
         """A scheme per role; those roles that stay plain by default are named where they do not."""
-        roles: dict[str, Scheme] = {"experts": self.experts, "attention": self.attention}
-        more = {"shared experts": self.shared_experts, "head": self.head}
+        roles: dict[str, ExpertScheme] = {"experts": self.experts, "attention": self.attention}
+        more: dict[str, Scheme] = {"shared experts": self.shared_experts, "head": self.head}
         roles |= {role: scheme for role, scheme in more.items() if not _is_dense(scheme)}
         parts = [f"{role} {scheme.label}" for role, scheme in roles.items()]
         for override in self.overrides:

@@ -1,5 +1,7 @@
 """What quantizing each expert costs, scheme by scheme: sums of squares, measured once and used for every budget.
 
+Of its weights; or, where a text was read, of what it adds to the hidden states of the text's tokens.
+
 Holds what was measured, no choice. It belongs to one checkpoint by `Checkpoint.digest`, which covers config, names and
 shapes but no weights: of two fine-tunings in one shape it cannot tell whose it is.
 """
@@ -16,9 +18,19 @@ from moeflow.errors import DocumentError
 from moeflow.schema.base import Document, Part
 from moeflow.schema.quantization import Scheme
 
-__all__ = ["LayerErrors", "Sensitivity"]
+__all__ = ["LayerErrors", "MeasuredText", "Sensitivity"]
 
 _Square = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class MeasuredText(Part):
+    """What outputs were measured on."""
+
+    name: str
+    """For people; no directories."""
+    digest: str
+    """SHA-256 of the token ids that were read."""
+    tokens: int = Field(ge=1)
 
 
 class LayerErrors(Part):
@@ -27,9 +39,9 @@ class LayerErrors(Part):
     layer: int = Field(ge=0)
     """Its number in the model, dense layers counted."""
     squares: tuple[_Square, ...] = Field(min_length=1)
-    """Per expert: the sum of the squares of its weights."""
+    """Per expert: the sum of the squares of its weights, or of its weighted outputs."""
     errors: tuple[tuple[_Square, ...], ...]
-    """Per expert and scheme: the sum of the squares of what the weights differ by once restored."""
+    """Per expert and scheme: the sum of the squares of what these differ by once the weights are restored."""
 
 
 class Sensitivity(Document):
@@ -43,6 +55,9 @@ class Sensitivity(Document):
     """Of the checkpoint's config, names and shapes."""
     schemes: tuple[Scheme, ...] = Field(min_length=1)
     layers: tuple[LayerErrors, ...] = Field(min_length=1)
+    # Left out of documents where there is none: those made before it existed stay as they are.
+    text: MeasuredText | None = Field(default=None, exclude_if=lambda text: text is None)
+    """Whose tokens the outputs are for; absent: errors are of weights."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -58,8 +73,8 @@ class Sensitivity(Document):
                 )
         return self
 
-    def require(self, digest: str, place: str | Path) -> None:
-        """Check that it is a checkpoint's own.
+    def require(self, digest: str, text: MeasuredText | None, place: str | Path) -> None:
+        """Check that it is a checkpoint's own, and of this text, or of weights where there is none.
 
         Raises:
             DocumentError: it was measured with another; the message names `place`.
@@ -68,6 +83,11 @@ class Sensitivity(Document):
             raise DocumentError(
                 f"{place}: measured with {self.model}, whose config or tensors differ from this model's: "
                 "name another file, and it is measured anew"
+            )
+        if (text and text.digest) != (self.text and self.text.digest):
+            asked, there = (f"outputs on {t.name}, {t.tokens:,} tokens" if t else "weights" for t in (text, self.text))
+            raise DocumentError(
+                f"{place}: has errors of {there}, asked are those of {asked}: name another file, and they are measured"
             )
 
     def missing(self, schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:

@@ -14,8 +14,10 @@ from moeflow import schema
 from moeflow.artifact.layout import expert_layout, resident_matrix
 from moeflow.errors import DocumentError
 from moeflow.schema import (
+    AutoBits,
     Benchmark,
     BenchmarkRow,
+    BitChoice,
     Cpu,
     DecodeTime,
     DenseScheme,
@@ -34,6 +36,7 @@ from moeflow.schema import (
     Limits,
     Link,
     Manifest,
+    MeasuredText,
     Memory,
     MemoryBudget,
     ModelFacts,
@@ -163,6 +166,18 @@ SENSITIVITY = Sensitivity(
     schemes=(HqqScheme(bits=2), HqqScheme(bits=3)),
     layers=(LayerErrors(layer=0, squares=(4.0, 5.0), errors=((0.5, 0.1), (0.25, 1 / 3))),),
 )
+CHOICE = BitChoice(
+    asked=AutoBits(bits="auto", budget=2.75, widths=(2, 3), text="t.txt"),
+    measured="outputs on 9 tokens of t.txt",
+    table=SENSITIVITY.model_copy(update={"text": MeasuredText(name="t.txt", digest=DIGEST, tokens=9)}),
+    sizes=((4096, 8192),),
+    choices=((1, 0),),
+    nbytes=12288,
+    achieved=2.7,
+    error=0.2,
+    bound=0.1,
+    reason="why",
+)
 EVALUATION = Evaluation(
     command="moeflow eval artifacts/a --text book.txt",
     date="2026-11-25T14:05:00Z",
@@ -209,7 +224,7 @@ PREDICTOR = PredictorCard(
     recalls=(Recall(depth=1, fetched=2, learned=0.75, gate=0.5),),
     hits=(ReuseHits(k=2, lru=0.5, learned=0.625, optimum=0.75),),
 )
-DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY, EVALUATION, TASKS, PREDICTOR]
+DOCUMENTS = [PROFILE, MACHINE, PLAN, MANIFEST, BENCHMARK, SIMULATION, SENSITIVITY, EVALUATION, TASKS, PREDICTOR, CHOICE]
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.kind)
 
 

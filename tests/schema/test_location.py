@@ -35,7 +35,7 @@ def _faults(document: type[Profile | HardwareProfile | Plan], data: Any) -> list
         ({"quantization": {"attention": {"backend": "hqq", "group_size": 48}}},
          "quantization.attention.group_size is 48; hqq supports 16, 32, 64, 128, 256"),
         ({"quantization": {"experts": {"backend": "gptq"}}},
-         "quantization.experts.backend is 'gptq'; known: hqq, bitsandbytes, none"),
+         "quantization.experts.backend is 'gptq'; known: hqq, bitsandbytes, none, auto"),
         ({"quantization": {"experts": {"bits": 2}}},
          "quantization.experts.backend is missing; it selects the kind"),
         ({"quantization": {"experts": {"backend": "hqq", "bitz": 2}}},
