@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.artifact.matrix import allocate_blobs, segment_view
+from moeflow.artifact.predictors import load_predictor
 from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.artifact.reader import Artifact
 from moeflow.artifact.unpacked import UnpackedArtifact
 from moeflow.errors import ArtifactError
 from moeflow.model.device_experts import DeviceRunner
 from moeflow.model.experts import IMPLEMENTATION, ExpertRunner, offloaded_experts
+from moeflow.model.learned import learned_guesser, learned_keeper
 from moeflow.model.linear import PackedLinear
 from moeflow.model.routers import find_routers
 from moeflow.offload.predictor import next_gate
@@ -39,7 +41,16 @@ def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner | DeviceRun
     """The causal language model of `artifact`, ready to run on `device`, with guesses where the plan has some."""
     dtype = getattr(torch, plan.dtype)
     model = bare_model(artifact, dtype, runner, device)
-    if plan.prefetch.depth and plan.strategy == "full":
+    guessing = plan.prefetch.depth > 0 and plan.strategy == "full"
+    learned = guessing and plan.prefetch.predictor == "learned"
+    if learned or plan.policy == "learned":
+        _, matrices = load_predictor(artifact)
+        launcher = runner.launcher if isinstance(runner, DeviceRunner) else None
+        if learned:
+            runner.predictor = learned_guesser(matrices, plan.prefetch.experts, plan.prefetch.depth, device, launcher)
+        if plan.policy == "learned":
+            runner.keeper = learned_keeper(matrices, device, launcher)
+    if guessing and not learned:
         routers = find_routers(model, artifact.manifest.layers, plan.prefetch.experts, dtype)
         runner.predictor = next_gate(routers, plan.prefetch.depth) if routers else None
     return model

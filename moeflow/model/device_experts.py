@@ -25,7 +25,7 @@ from moeflow.model.recorder import Recorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.device import DeviceCache
 from moeflow.offload.lanes import Lanes, Mark
-from moeflow.offload.predictor import Guesser
+from moeflow.offload.predictor import Guesser, Keeper
 from moeflow.schema import Manifest
 
 __all__ = ["DeviceRunner", "gate_of", "unsupported_layout"]
@@ -64,7 +64,7 @@ class DeviceRunner:
         self.cache = cache
         self._many = many
         self._manifest = manifest
-        self._launcher = launcher
+        self.launcher = launcher
         self._device = cache.device
         self.lanes = Lanes(cache.device)
         self._gemvs = [tuple(Gemv(launcher, m, cache.device) for m in y.matrices) for y in manifest.layouts]
@@ -73,6 +73,8 @@ class DeviceRunner:
         self.predictor: Guesser | ForcedRoutes | None = None
         self.routes: ForcedRoutes | None = None
         self.recorder: Recorder | None = None
+        self.keeper: Keeper | None = None
+        """Of the policy `learned`."""
         self.inputs = Inputs()
         """What packed products share; the model's."""
         self.deferring: Callable[[], bool] = bool
@@ -94,6 +96,8 @@ class DeviceRunner:
             top_k_index = self.routes.chosen(layer, top_k_index)
         if self.recorder is not None:
             self.recorder.note(layer, hidden_states, top_k_index, weights)
+        if self.keeper is not None:
+            self.cache.judge(layer, self.keeper(layer, hidden_states))
         if self._streams(tokens, top_k_index.numel()):
             return self._many.run(layer, module, hidden_states, top_k_index, weights)
         cache, lanes = self.cache, self.lanes
@@ -156,7 +160,7 @@ class DeviceRunner:
             "OUTPUT": DTYPES[out.dtype],
             "WEIGHT": DTYPES[weights.dtype],
         }
-        kernel = self._launcher.kernel("activation.cu", "combine", defines)
+        kernel = self.launcher.kernel("activation.cu", "combine", defines)
         grid = (-(-columns // THREADS), tokens, 1)
         kernel(grid, THREADS, results, weights, out, results.shape[0] // tokens, columns)
 

@@ -23,7 +23,7 @@ from moeflow.model.recorder import Recorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache
-from moeflow.offload.predictor import Guesser
+from moeflow.offload.predictor import Guesser, Keeper
 from moeflow.offload.stream import LayerStream
 from moeflow.schema import Manifest, PackedMatrix, Plan
 
@@ -68,6 +68,8 @@ class ExpertRunner:
         self.predictor: Guesser | ForcedRoutes | None = None
         self.routes: ForcedRoutes | None = None
         self.recorder: Recorder | None = None
+        self.keeper: Keeper | None = None
+        """Of the policy `learned`."""
 
     def run(self, layer: int, module: Any, hidden_states: Tensor, top_k_index: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
@@ -123,11 +125,14 @@ class ExpertRunner:
     def _ids(
         self, layer: int, hidden_states: Tensor, index: Tensor, guess: bool
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The chosen ids, flat, and guesses for later layers: one transfer from the device for both."""
-        if self.predictor is None or not guess:
-            return self._read(index.flatten()), []
-        guessed = self.predictor.guess(layer, hidden_states)
-        flat = self._read(torch.cat([index.flatten(), *(g.T.flatten() for g in guessed)]))  # first choices first
+        """The chosen ids, flat, and guesses for later layers; one transfer for these and the cache's scores."""
+        guessed = self.predictor.guess(layer, hidden_states) if self.predictor is not None and guess else []
+        parts = [index.flatten(), *(g.T.flatten() for g in guessed)]  # first choices first
+        if self.keeper is not None:
+            parts.append(self.keeper(layer, hidden_states).argsort(stable=True).argsort())  # ranks, which are integers
+        flat = self._read(torch.cat(parts) if len(parts) > 1 else parts[0])
+        if self.keeper is not None and isinstance(self.cache, ExpertCache):
+            self.cache.judge(layer, flat[-len(parts[-1]) :])
         guesses: dict[tuple[int, int], None] = {}
         start = index.numel()
         for ahead, ids in enumerate(guessed, start=1):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moeflow.errors import MoeflowError
 from moeflow.offload.link import Link, Ticket
-from moeflow.offload.policy import CachePolicy, Rule
+from moeflow.offload.policy import CachePolicy, LearnedPolicy, Rule
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import ExpertLayer, Manifest, Plan
 
@@ -120,6 +120,12 @@ class ExpertCache:
             if not waiting:
                 self._start_guesses(pending)
         assert not waiting, "there is at least one landing buffer"
+
+    def judge(self, layer: int, scores: Sequence[float]) -> None:
+        """How soon each expert of a layer will be used again, the greater the sooner; before `fetch` and `warm`."""
+        policy = self._layers[layer].policy
+        if isinstance(policy, LearnedPolicy):
+            policy.judge(scores)
 
     def reset(self) -> None:
         """Forget everything, after a pass that was abandoned midway; no copy may be under way."""

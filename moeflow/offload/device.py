@@ -175,6 +175,10 @@ class DeviceCache:
             self._stop[layer : layer + 1], jobs, job_count, places, *lists,
         )  # fmt: skip
 
+    def judge(self, layer: int, scores: Tensor) -> None:
+        """How soon each expert [E] of a layer will be used again, the greater the sooner; before `find` and `warm`."""
+        self._counts[layer, : scores.shape[0]].copy_(scores)
+
     def copy(self, layer: int, half: int) -> None:
         """Copy gate and up (`half` 0) or down (1, right behind 0) of what `find` missed, in the current stream."""
         pool = self._pool(layer)
@@ -287,7 +291,7 @@ class DeviceCache:
         policy = self._rule.name
         lfu = int(policy == "lfu")
         defines = {"EXPERTS": self._experts, "GUESSES": max(1, self.guesses), "WARPS": warps, "LFU": lfu}
-        if policy in ("mix", "static"):
+        if policy in ("mix", "static", "learned"):
             defines[policy.upper()] = 1
         if follows:
             defines["FOLLOWS"] = 1

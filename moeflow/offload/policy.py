@@ -14,6 +14,7 @@ from moeflow.schema.profile import HALF_LIFE, Policy
 
 __all__ = [
     "CachePolicy",
+    "LearnedPolicy",
     "LfuPolicy",
     "LruPolicy",
     "MixPolicy",
@@ -24,7 +25,8 @@ __all__ = [
     "growth",
 ]
 
-POLICIES: tuple[str, ...] = get_args(Policy)
+POLICIES: tuple[str, ...] = tuple(name for name in get_args(Policy) if name != "learned")
+"""Those that routes alone decide; `learned` needs hidden states."""
 RESCALE = 2.0**32  # of a mix's weights; cache.cu's
 
 
@@ -169,6 +171,40 @@ class StaticPolicy:
         return None
 
 
+class LearnedPolicy:
+    """Whoever scores least leaves; scores come from outside, before each step, and say who will be used again soon.
+
+    What comes in may leave at once. Of equal scores the lower expert id leaves. Before the first scores all are equal.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._scores: Sequence[float] = ()
+        self._kept: set[int] = set()
+
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._kept
+
+    def judge(self, scores: Sequence[float]) -> None:
+        """Take the scores of all experts of the layer."""
+        self._scores = scores
+
+    def touch(self, expert: int) -> None:
+        """Use changes nothing that the scores do not say."""
+
+    def admit(self, expert: int) -> int | None:
+        """Keep `expert` and return who leaves, `expert` itself if it scores least."""
+        if self.capacity == 0:
+            return expert
+        self._kept.add(expert)
+        if len(self._kept) <= self.capacity:
+            return None
+        scores = self._scores
+        victim = min(self._kept, key=lambda e: (scores[e] if scores else 0.0, e))
+        self._kept.remove(victim)
+        return victim
+
+
 def growth(half_life: float) -> float:
     """By which factor a use weighs more than the one before, so that weights double in `half_life` uses."""
     return float(2.0 ** (1.0 / half_life))
@@ -195,10 +231,12 @@ class Rule:
         Raises:
             DocumentError: the policy is unknown.
         """
-        if self.name not in POLICIES:
-            raise DocumentError(unknown("cache policy", self.name, POLICIES))
+        if self.name not in get_args(Policy):
+            raise DocumentError(unknown("cache policy", self.name, get_args(Policy)))
         if self.name == "mix":
             return MixPolicy(capacity, self.half_life)
         if self.name == "static":
             return StaticPolicy(capacity, self.hot[layer])
+        if self.name == "learned":
+            return LearnedPolicy(capacity)
         return LruPolicy(capacity) if self.name == "lru" else LfuPolicy(capacity)

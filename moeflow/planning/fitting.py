@@ -92,7 +92,8 @@ def fit_of(cache: Cache, layers: int, experts: int, top_k: int) -> Fit | None:
     if cache.trace is None:
         return None
     path = Path(cache.trace)
-    return _fit(path, _stamp(path), cache.policy, cache.half_life, (layers, experts, top_k))
+    policy = "lru" if cache.policy == "learned" else cache.policy  # a trace has no hidden states to learn from
+    return _fit(path, _stamp(path), policy, cache.half_life, (layers, experts, top_k))
 
 
 def _stamp(path: Path) -> int:

@@ -19,8 +19,8 @@ __all__ = [
     "Strategy",
 ]  # fmt: skip
 
-Policy = Literal["lru", "lfu", "mix", "static"]
-Predictor = Literal["next-gate", "none"]
+Policy = Literal["lru", "lfu", "mix", "static", "learned"]
+Predictor = Literal["next-gate", "learned", "none"]
 Strategy = Literal["full", "no-prefetch", "no-cache", "naive"]
 Execution = Literal["device", "host"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -34,7 +34,8 @@ class Cache(Part):
 
     policy: Policy = "lru"
     """Who leaves when a slot is needed: the least recently used (lru), the least frequently used with ageing (lfu), or
-    whose uses, weighed by their age, are worth least (mix); static keeps the experts most used in `trace`."""
+    whose uses, weighed by their age, are worth least (mix); static keeps the experts most used in `trace`; learned
+    those that the artifact's predictor, from `moeflow train-predictor`, says will be used soonest."""
     experts_per_layer: AutoCount = "auto"
     """k: slots per layer; auto takes what memory allows, and shares it out between layers as `trace` says."""
     # Both are left out of documents that do not need them: those made before they existed keep their digests.
@@ -54,7 +55,8 @@ class Prefetch(Part):
     """Loading of experts that a later layer will probably use (paper, section 3.2)."""
 
     predictor: Predictor = "next-gate"
-    """next-gate applies the coming layer's router to this layer's hidden states."""
+    """next-gate applies the coming layer's router to this layer's hidden states; learned, what
+    `moeflow train-predictor` fitted to them."""
     depth: AutoCount = "auto"
     """How many layers ahead are guessed; auto is 1, 0 turns guessing off."""
     experts: AutoCount = "auto"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moeflow.offload.device import PIECE, WARPS, DeviceCache, MakeMover
-from moeflow.offload.policy import Rule
+from moeflow.offload.policy import LearnedPolicy, Rule
 from moeflow.offload.traffic import Traffic
 
 emulator = pytest.importorskip("emulator.launcher")
@@ -74,7 +74,15 @@ class Oracle:
             self.policy.admit(expert)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "mix", "static"])
+def judge(cache: DeviceCache, layer: int, oracle: Oracle, experts: int) -> None:
+    """Of the policy learned: random scores, some of them equal, for both."""
+    if isinstance(oracle.policy, LearnedPolicy):
+        scores = (3 * torch.randn(experts)).round() / 7
+        cache.judge(layer, scores)
+        oracle.policy.judge(scores.tolist())
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "mix", "static", "learned"])
 @pytest.mark.parametrize("quota", [(0, 0), (1, 5), (3, 2), (8, 8)])
 @pytest.mark.parametrize("shape", [(8, 2, 2), (40, 4, 3), (8, 2, 0)], ids=str)
 def test_every_step_is_the_policys(policy: str, quota: tuple[int, int], shape: tuple[int, int, int]) -> None:
@@ -85,6 +93,7 @@ def test_every_step_is_the_policys(policy: str, quota: tuple[int, int], shape: t
         guessed: list[int] = []
         for layer in range(2):
             chosen = torch.tensor([random.sample(range(experts), top_k)])
+            judge(cache, layer, oracles[layer], experts)
             found = cache.find(layer, chosen, 1)
             cache.copy(layer, 0)
             cache.copy(layer, 1)
@@ -132,7 +141,7 @@ def test_scores_are_the_policys_bit_for_bit(half_life: float) -> None:
             assert set(cache.resident(layer)) == {e for e in range(40) if e in policy}
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "mix", "static"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "mix", "static", "learned"])
 def test_several_tokens_decide_as_one_step_of_their_experts(policy: str) -> None:
     cache, host = make(8, 2, (3, 5), 8, 0, policy)
     oracles = [Oracle(policy, (3, 5), layer, 8) for layer in range(2)]
@@ -140,6 +149,7 @@ def test_several_tokens_decide_as_one_step_of_their_experts(policy: str) -> None
         for layer, oracle in enumerate(oracles):
             tokens = random.randint(1, 4)
             chosen = torch.stack([torch.tensor(random.sample(range(8), 2)) for _ in range(tokens)])
+            judge(cache, layer, oracle, 8)
             found = cache.find(layer, chosen, tokens)
             cache.copy(layer, 0)
             cache.copy(layer, 1)
@@ -173,11 +183,12 @@ def test_warming_keeps_of_a_static_set_whom_it_is_given() -> None:
         assert torch.equal(blob, host[1, expert])
 
 
-@pytest.mark.parametrize("policy", ["lru", "static"])
+@pytest.mark.parametrize("policy", ["lru", "static", "learned"])
 def test_every_buffer_has_one_owner(policy: str) -> None:
     cache, _ = make(quota=(2, 1), policy=policy)
     for _ in range(100):
         for layer in range(2):
+            judge(cache, layer, Oracle(policy, (2, 1), layer, 8), 8)
             cache.find(layer, torch.tensor([random.sample(range(8), 2)]), 1)
             if layer == 0:
                 cache.guess(1, torch.tensor(random.sample(range(8), 2)))

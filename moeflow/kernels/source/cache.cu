@@ -7,7 +7,7 @@
 //
 // EXPERTS: of a layer. GUESSES: at most so many copies on a guess per layer. WARPS: of the copy kernels. The policy: LFU, 1 for
 // the least frequently used with ageing every PERIOD uses; MIX, 1 for the least sum of uses weighed by age; STATIC, 1 for a
-// fixed set; none of them for the least recently used.
+// fixed set; LEARNED, 1 for the least of scores that come from outside; none of them for the least recently used.
 #include "primitives.cuh"
 
 #ifndef LFU
@@ -19,7 +19,10 @@
 #ifndef STATIC
 #define STATIC 0
 #endif
-#define SCORED (LFU || MIX)
+#ifndef LEARNED
+#define LEARNED 0
+#endif
+#define SCORED (LFU || MIX || LEARNED)
 #ifndef PERIOD
 #define PERIOD 64
 #endif
@@ -92,14 +95,16 @@ __device__ __forceinline__ void note(int expert, int* layer, int lane) {
 #endif
 }
 
-// Who leaves: the least stamp, or the least count or score and among equals the least stamp.
+// Who leaves: the least stamp, or the least count or score and among equals the least stamp; of scores that come from
+// outside, the lower expert.
 __device__ __forceinline__ int victim(int lane) {
     double least = 1e300;
     int oldest = 0x7FFFFFFF, who = -1;
     for (int e = lane; e < EXPERTS; e += 32) {
         if (buffer_of[e] < 0) continue;
         const double c = SCORED ? count[e] : 0.;
-        if (c < least || (c == least && stamp[e] < oldest)) { least = c; oldest = stamp[e]; who = e; }
+        const int age = LEARNED ? e : stamp[e];
+        if (c < least || (c == least && age < oldest)) { least = c; oldest = age; who = e; }
     }
 #pragma unroll
     for (int o = 16; o; o >>= 1) {
@@ -134,6 +139,13 @@ __device__ void admit(int expert, int buffer, int* layer, const Ring& ring, int 
     const bool full = layer[KEPT] == quota;
     const int leaves = full ? victim(lane) : -1;
     __syncwarp(0xFFFFFFFFu);
+#if LEARNED
+    if (full && (count[expert] < count[leaves] || (count[expert] == count[leaves] && expert < leaves))) {
+        if (lane == 0) give(ring, buffer);   // nobody kept scores less than the newcomer
+        __syncwarp(0xFFFFFFFFu);
+        return;
+    }
+#endif
     if (lane == 0) {
         if (full) {
             give(ring, buffer_of[leaves]);
@@ -173,7 +185,7 @@ __device__ void group(const long long* chosen, int n, int* found, int* starts, i
 // Looks up what the router chose for one layer.
 //   chosen [n]: expert ids, token by token
 //   buffers, stamps [EXPERTS], layer [STATE], counters [4]: the layer's tables
-//   counts [EXPERTS + 2]: counts or scores; of a mix, also the weight of the next use, and the factor by which it grows
+//   counts [EXPERTS + 2]: counts or scores, those from outside only read; of a mix, also the weight of the next use, and the factor by which it grows
 //   ring, ring_state, ring_capacity: free buffers of the layer's blob size
 //   guesses [GUESSES, 2]: expert and buffer of each guess that was started for this layer, -1 where none; cleared
 //   stop [1]: raised, so that a guess still being copied gives way
@@ -258,7 +270,7 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
     for (int e = lane; e < EXPERTS; e += 32) {
         buffers[e] = buffer_of[e];
         stamps[e] = stamp[e];
-        if (SCORED) counts[e] = count[e];
+        if (SCORED && !LEARNED) counts[e] = count[e];
     }
 #if MIX
     if (lane == 0) counts[EXPERTS] = weight;
