@@ -26,6 +26,7 @@ from moeflow.cli_plan import autotune, plan
 from moeflow.cli_probe import probe
 from moeflow.cli_simulate import simulate
 from moeflow.cli_trace import trace as trace_command
+from moeflow.cli_train import train_predictor
 from moeflow.errors import MoeflowError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ app.command("eval")(evaluate)
 app.command("eval-grid")(evaluate_grid)
 app.command()(simulate)
 app.command("trace")(trace_command)
+app.command("train-predictor")(train_predictor)
 app.command()(explain)
 app.add_typer(hardware_commands, name="hardware")
 _debug = False
@@ -68,7 +70,10 @@ Strategy = Annotated[
     typer.Option("--ablation", help="Row of the paper's ablation."),
 ]
 Slots = Annotated[int | None, typer.Option("--experts-per-layer", "-k", min=0, help="Cached experts per layer.")]
-Policy = Annotated[Literal["lru", "lfu", "mix", "static"] | None, typer.Option(help="Cache policy.")]
+Policy = Annotated[Literal["lru", "lfu", "mix", "static", "learned"] | None, typer.Option(help="Cache policy.")]
+Predictor = Annotated[
+    Literal["next-gate", "learned", "none"] | None, typer.Option(help="Who guesses the experts of coming layers.")
+]
 Artifact = Annotated[Path, typer.Argument(help="Directory that `moeflow pack` wrote.", show_default=False)]
 
 
@@ -107,6 +112,7 @@ def generate(
     ablation: Strategy = None,
     k: Slots = None,
     policy: Policy = None,
+    predictor: Predictor = None,
     hardware: Hardware = None,
     trace: Annotated[
         Path | None,
@@ -119,7 +125,8 @@ def generate(
 
     if trace is not None:
         check_writable(trace)
-    changes = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
+    changes: dict[str, Any] = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
+    changes["predictor"] = predictor
     with (
         load(artifact, record_routes=trace is not None, **changes) as engine,
         recording(engine, trace) if trace is not None else nullcontext(),
@@ -166,12 +173,14 @@ def chat(
     ablation: Strategy = None,
     k: Slots = None,
     policy: Policy = None,
+    predictor: Predictor = None,
     hardware: Hardware = None,
 ) -> None:
     """Talk to a packed model; an empty line or Ctrl-D ends. A model without chat template continues the text."""
     from moeflow.console import say
 
-    changes = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
+    changes: dict[str, Any] = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
+    changes["predictor"] = predictor
     with load(artifact, **changes) as engine:
         messages: list[dict[str, str]] = []
         session = engine.session()

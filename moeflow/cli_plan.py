@@ -76,7 +76,9 @@ def plan(
         str | None, typer.Option(help="Plan for this machine: a name in hardware/, a path, or auto (probe).")
     ] = None,
     k: Annotated[int | None, typer.Option("--experts-per-layer", "-k", min=0, help="Cached experts per layer.")] = None,
-    policy: Annotated[Literal["lru", "lfu", "mix", "static"] | None, typer.Option(help="Cache policy.")] = None,
+    policy: Annotated[
+        Literal["lru", "lfu", "mix", "static", "learned"] | None, typer.Option(help="Cache policy.")
+    ] = None,
     ablation: Annotated[
         Literal["full", "no-prefetch", "no-cache", "naive"] | None,
         typer.Option("--ablation", help="Row of the paper's ablation."),

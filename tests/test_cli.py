@@ -35,7 +35,7 @@ def test_help_imports_no_torch_and_lists_every_command() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.rstrip().endswith("False")
     names = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
-    assert len(names) == 17
+    assert len(names) == 18
     for command in names:
         assert command in result.stdout
     assert "130 interrupted" in result.stdout
