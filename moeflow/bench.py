@@ -66,6 +66,8 @@ class Settings:
     copy_engine: bool = True
     """Whether large copies are the copy engine's; else kernels copy all."""
     launcher: Launcher | None = field(default=None, repr=False)
+    forced: Callable[[torch.device], ForcedRoutes] | None = field(default=None, repr=False)
+    """Routes, guesses and scores of whoever made them, in place of those that `routing` names."""
 
 
 def measure_limits(progress: Progress = silent) -> Limits:
@@ -208,8 +210,8 @@ def _read_bytes(manifest: Manifest, engine: Engine) -> int:
 
 def _routes(manifest: Manifest, plan: Plan, settings: Settings) -> Callable[[torch.device], ForcedRoutes] | None:
     """Forced routes for the engine's device; None where the model's own router decides."""
-    if settings.routing == "model":
-        return None
+    if settings.routing == "model" or settings.forced is not None:
+        return settings.forced
     layers, top_k = len(manifest.layers), manifest.model.top_k
     experts = min(layer.experts for layer in manifest.layers)
     count = settings.tokens + 4 * settings.warm_up

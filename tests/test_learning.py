@@ -78,6 +78,32 @@ def test_the_maps_are_those_of_least_squares_over_all_tokens() -> None:
     assert fitted.guess[0][0] is None and fitted.guess[1][1] is None
 
 
+def test_guesses_are_fitted_to_the_numbers_that_routers_choose_by() -> None:
+    """And to the choice itself where the numbers would have made another."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    draw = torch.Generator().manual_seed(seed)
+    own = torch.randn(LAYERS, EXPERTS, HIDDEN, generator=draw)
+    states = torch.randn(4 * 96, 1, HIDDEN, generator=draw) + 0.3 * torch.randn(4 * 96, LAYERS, HIDDEN, generator=draw)
+    numbers = torch.einsum("tlh,leh->tle", states, own)
+    index = numbers.topk(TOP_K, dim=-1).indices
+    gates = [lambda x, own=own[layer]: x @ own.T for layer in range(LAYERS)]
+    gates[1] = lambda x: -x @ own[1].T
+    moments = Moments([EXPERTS] * LAYERS, HIDDEN, 1, 0.5, torch.device("cpu"), gates)
+    for layer in range(LAYERS):
+        moments.note(layer, states[:, layer], index[:, layer], index[:, layer].float())
+    moments.end(len(states))
+    x = torch.cat([states.expand(-1, LAYERS, -1), torch.ones(len(states), LAYERS, 1)], dim=-1)[:-TAIL].double()
+    used = torch.zeros(*index.shape[:2], EXPERTS).scatter_(-1, index, 1.0)
+    for layer, targets in ((1, used), (2, numbers)):
+        found = fit(moments).guess[0][layer]
+        assert found is not None
+        before = x[:, layer - 1]
+        ridge = torch.diag(RIDGE * before.square().sum(0))
+        expected = torch.linalg.solve(before.T @ before + ridge, before.T @ targets[:-TAIL, layer].double())
+        torch.testing.assert_close(found.T.double(), expected, atol=5e-4, rtol=1e-3)
+
+
 def test_scores_replayed_are_a_cache_that_keeps_the_greatest() -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)

@@ -1,7 +1,7 @@
 """Linear maps by least squares with a little ridge, from sums over a text; exact, with nothing to tune.
 
-Logistic regression by gradient descent over the same tokens foresaw no more experts (docs/predictors.md), takes passes
-over hidden states that would have to be kept, and depends on rates and seeds.
+Logistic regression by gradient descent over the same tokens foresaw no more experts (docs/log.md), takes passes over
+hidden states that would have to be kept, and depends on rates and seeds.
 """
 
 from __future__ import annotations

@@ -6,18 +6,21 @@ to judge, who can name another text. It writes no file.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 from moeflow.artifact.predictors import Matrices, router_digest
 from moeflow.errors import UsageError
 from moeflow.learning.fitting import fit
 from moeflow.learning.judgement import Judge
-from moeflow.learning.moments import TAIL, Moments
+from moeflow.learning.moments import TAIL, Gate, Moments
 from moeflow.model.recorder import Recorder
-from moeflow.model.routers import find_routers
+from moeflow.model.routers import find_routers, router_matrix
 from moeflow.offload.predictor import Guesser, next_gate
 from moeflow.planning.planner import PREFILL_CHUNK
 from moeflow.progress import Progress, silent
@@ -74,7 +77,7 @@ def train_predictor(
     experts = tuple(layer.experts for layer in layers)
     depth = min(depth, len(layers) - 1)
     hidden = int(engine.model.config.get_text_config().hidden_size)
-    moments = Moments(experts, hidden, depth, reuse, _place(engine, hidden))
+    moments = Moments(experts, hidden, depth, reuse, _place(engine, hidden), _gates(engine))
     _read(engine, ids[:first], moments, "reading", progress)
     fitted = fit(moments, progress)
     judge = Judge(_on(fitted, engine.device), _gate(engine, depth, fetched := _fetched(engine)), fetched)
@@ -111,6 +114,19 @@ def _fetched(engine: Engine) -> tuple[int, ...]:
     manifest = engine.artifact.manifest
     least, top_k = min(layer.experts for layer in manifest.layers), manifest.model.top_k
     return tuple(count for count in (top_k, 2 * top_k) if count < least) or (least,)
+
+
+def _gates(engine: Engine) -> list[Gate | None]:
+    """The linear part of each layer's router, where it is one matrix."""
+
+    def numbers(matrix: Tensor, bias: Tensor | None, hidden_states: Tensor) -> Tensor:
+        return linear(hidden_states.float(), matrix.float(), None if bias is None else bias.float())
+
+    found: list[Gate | None] = []
+    for layer in engine.artifact.manifest.layers:
+        own = router_matrix(engine.model.get_submodule(layer.router)) if layer.router else None
+        found.append(partial(numbers, *own) if own is not None and own[0].shape[0] == layer.experts else None)
+    return found
 
 
 def _gate(engine: Engine, depth: int, fetched: tuple[int, ...]) -> Guesser | None:

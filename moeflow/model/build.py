@@ -42,8 +42,11 @@ def build_model(artifact: Artifact, plan: Plan, runner: ExpertRunner | DeviceRun
     dtype = getattr(torch, plan.dtype)
     model = bare_model(artifact, dtype, runner, device)
     guessing = plan.prefetch.depth > 0 and plan.strategy == "full"
-    learned = guessing and plan.prefetch.predictor == "learned"
-    if learned or plan.policy == "learned":
+    forced = runner.routes  # of benchmarks; they may stand for a predictor, too
+    learned = guessing and plan.prefetch.predictor == "learned" and not (forced and forced.guesses)
+    if plan.policy == "learned":
+        runner.keeper = forced.keeper if forced else None
+    if learned or (plan.policy == "learned" and runner.keeper is None):
         _, matrices = load_predictor(artifact)
         launcher = runner.launcher if isinstance(runner, DeviceRunner) else None
         if learned:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeflow.kernels.router import MOST_TOKENS, RouterKernel, Rule
+from moeflow.model.routers import router_matrix
 
 if TYPE_CHECKING:
     from moeflow.model.fused import Fused
@@ -27,7 +28,7 @@ TRIALS = 4  # tokens of the comparison
 def fuse_routers(fused: Fused, model: nn.Module) -> None:
     """Modules that give logits, weights and expert ids of hidden states."""
     for name, module in model.named_modules():
-        top_k, matrix = getattr(module, "top_k", None), _matrix(module)
+        top_k, matrix = getattr(module, "top_k", None), router_matrix(module)
         if not isinstance(top_k, int) or matrix is None or hasattr(module, "experts"):  # the block around a router
             continue
         found = _rule(fused.scope, module, matrix, top_k)
@@ -35,18 +36,6 @@ def fuse_routers(fused: Fused, model: nn.Module) -> None:
             fused.declined("routers", f"{name}: {found}")
         else:
             fused.replace("routers", module, "forward", _forward(fused.scope, module, *found))
-
-
-def _matrix(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """The one matrix that a router has, and its bias."""
-    named = dict(module.named_parameters())
-    matrices = [name for name, p in named.items() if p.dim() == 2]
-    if len(matrices) != 1 or len(named) > 2:
-        return None
-    bias = named.get(matrices[0].removesuffix("weight") + "bias")
-    if len(named) == 2 and bias is None:
-        return None
-    return named[matrices[0]], bias
 
 
 def _rule(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moeflow.offload.predictor import Router
 from moeflow.schema import ExpertLayer
 
-__all__ = ["find_routers"]
+__all__ = ["find_routers", "router_matrix"]
 
 
 def find_routers(
@@ -91,3 +91,15 @@ def _highest(router: Any, layer: ExpertLayer, experts: int, arguments: dict[str,
 
 def _tensors(result: Any) -> list[Tensor]:
     return [r for r in result if isinstance(r, Tensor)] if isinstance(result, tuple | list) else [result]
+
+
+def router_matrix(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """The one matrix [E, H] that a router has, and its bias [E]; None where it has more, or other parameters."""
+    named = dict(module.named_parameters())
+    matrices = [name for name, p in named.items() if p.dim() == 2]
+    if len(matrices) != 1 or len(named) > 2:
+        return None
+    bias = named.get(matrices[0].removesuffix("weight") + "bias")
+    if len(named) == 2 and bias is None:
+        return None
+    return named[matrices[0]], bias

@@ -25,8 +25,8 @@ def _guesses(card: PredictorCard) -> Grid:
         (
             f"{recall.depth}",
             f"{recall.fetched}",
-            MISSING if recall.gate is None else percent(recall.gate),
-            percent(recall.learned),
+            _share(recall.gate),
+            _share(recall.learned),
         )
         for recall in card.recalls
     )
@@ -35,7 +35,11 @@ def _guesses(card: PredictorCard) -> Grid:
 
 def _hits(card: PredictorCard) -> Grid:
     rows = tuple(
-        (f"k = {hits.k}", percent(hits.lru), percent(hits.learned), percent(hits.optimum), percent(hits.closed))
+        (f"k = {hits.k}", _share(hits.lru), _share(hits.learned), _share(hits.optimum), _share(hits.closed))
         for hits in card.hits
     )
     return Grid("hits", ("hits", "lru", "learned", "optimum", "of the way"), rows, 1)
+
+
+def _share(value: float | None) -> str:
+    return percent(value) or MISSING
