@@ -154,3 +154,28 @@ def test_a_plan_without_its_predictor_is_refused(artifact: Path, tiny_artifact: 
         moeflow.load(tiny_artifact, hardware="cpu-2-cores", policy="learned")
     with pytest.raises(ArtifactError, match="2 layers ahead, the plan 3"):
         hosted(artifact, predictor="learned", prefetch_depth=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_on_a_gpu_text_is_the_same_and_hits_are_the_hosts(artifact: Path, k: int, tmp_path: Path) -> None:
+    """Captured: maps, scores and victims are part of the graph."""
+    prompt = ids(40)
+    settings = {"hardware": "auto", "context_length": 128, "experts_per_layer": k, "dtype": "float32"}
+    with moeflow.load(artifact, policy="lru", predictor="none", **settings) as engine:
+        expected = engine.generate(prompt, max_new_tokens=48, temperature=0).ids
+    with moeflow.load(artifact, **LEARNED, **settings) as engine:
+        assert engine.execution == "device-driven" and engine.guessing
+        for _ in range(2):
+            assert engine.generate(prompt, max_new_tokens=48, temperature=0).ids == expected
+        assert engine.traffic.guesses
+    found = []
+    for execution in ("device", "host"):
+        changes = {**settings, "execution": execution, "policy": "learned", "predictor": "none"}
+        with moeflow.load(artifact, record_routes=True, **changes) as engine:
+            engine.empty_cache()
+            with recording(engine, tmp_path / "t.npz"):
+                engine.logits(prompt, chunk=1)
+            found.append((engine.traffic.hits, load_trace(tmp_path / "t.npz").routes))
+    assert np.mean(found[0][1] == found[1][1]) > 0.95  # routers of both round differently
+    assert abs(found[0][0] - found[1][0]) <= 0.1 * found[1][0]
