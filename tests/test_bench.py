@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,12 +70,9 @@ def test_settings_that_contradict_each_other() -> None:
         next(run_rows(artifact(), machine, settings("host", routing="recorded")))
 
 
-def moe(*arguments: str) -> tuple[int, str, str]:
-    result = subprocess.run([sys.executable, "-m", "moeflow", *arguments], capture_output=True, text=True)
-    return result.returncode, result.stdout, result.stderr
-
-
-def test_the_command_prints_a_table_and_a_line_of_json(tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_a_line_of_json(
+    moe: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG))
     picture, record = tmp_path / "bench.png", tmp_path / "bench.json"

@@ -85,7 +85,7 @@ def test_pack_generate_verify_inspect(moe, tmp_path: Path, monkeypatch: pytest.M
 
 def test_ablations_give_the_same_greedy_text(moe, demo_artifact: Path) -> None:
     texts = {
-        moe("generate", demo_artifact, "-p", "And the king", "-n", 24, "--temperature", 0, "--ablation", row)[1]
+        moe("generate", demo_artifact, "-p", "And the king", "-n", 12, "--temperature", 0, "--ablation", row)[1]
         for row in ("full", "no-prefetch", "no-cache", "naive")
     }
     assert len(texts) == 1

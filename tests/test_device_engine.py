@@ -133,7 +133,7 @@ def test_a_state_that_a_graph_cannot_replay_is_the_hosts(
 
 
 def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:
-    artifact, ids = packed(tiny_checkpoint, hqq(2)), random_ids(24)
+    artifact, ids = packed(tiny_checkpoint, hqq(2)), random_ids(12)
     with load(artifact, experts_per_layer=4) as engine:
         expected = engine.logits(ids, chunk=1)
     settings: list[dict[str, object]] = [{"experts_per_layer": k} for k in (0, 1, 3, 8)]
@@ -178,8 +178,11 @@ def test_greedy_tokens_are_the_hosts(tiny_checkpoint: Path, packed: Callable[...
         assert engine.generate(ids, max_new_tokens=24, temperature=0).ids == found  # a used engine, and cache
         stats = engine.stats
         assert_same_until_a_tie(found, expected, ids, model)
+        before = engine.traffic.copy()
+        engine.logits(random_ids(32), chunk=1)  # greedy text repeats itself, and then one guess that is wrong fills it
+        traffic = engine.traffic.since(before)
     assert stats.decode.uses == 2 * 2 * stats.decode_steps  # layers, top-k
-    assert stats.decode.hits and stats.decode.misses and stats.decode.guesses_used
+    assert traffic.uses == 2 * 2 * 32 and traffic.hits and traffic.misses and traffic.guesses_used
     if len(expected) == 24:
         assert_same_until_a_tie(expected, tuple(greedy_of(model, ids, 24)), ids, model)
 

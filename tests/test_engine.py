@@ -128,8 +128,9 @@ def test_dense_layers_between_moe_layers(checkpoint_factory: Callable[..., Path]
 
 def test_every_switch_gives_the_same_bits(tiny_checkpoint: Path, packed: Packed) -> None:
     """Results are summed in the router's order: nothing the cache does may change a bit."""
-    artifact, ids = packed(tiny_checkpoint, hqq(4)), random_ids(40)
-    settings = [{"experts_per_layer": k, "strategy": s} for k in (1, 3, 8) for s in STRATEGIES]
+    artifact, ids = packed(tiny_checkpoint, hqq(4)), random_ids(24)
+    settings = [{"experts_per_layer": k, "strategy": STRATEGIES[k % 4]} for k in range(1, 9)]
+    settings += [{"experts_per_layer": 3, "strategy": s} for s in STRATEGIES]
     settings += [{"policy": "lfu"}, {"prefetch_depth": 2}, {"prefetch_experts": 4}, {"ram": 0}, {"prefetch_depth": 0}]
     with moeflow.load(artifact, experts_per_layer=4) as engine:
         whole, stepwise = engine.logits(ids), engine.logits(ids, chunk=1)

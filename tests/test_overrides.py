@@ -90,7 +90,7 @@ def test_the_device_computes_what_the_dequantized_weights_do(artifact: Path) -> 
     emulator = pytest.importorskip("emulator.launcher")
     if not emulator.available():
         pytest.skip("no g++")
-    ids, model = _ids(24), dequantized_model(artifact)
+    ids, model = _ids(12), dequantized_model(artifact)
     opened = Artifact.open(artifact)
     found = []
     for k in (1, 3):

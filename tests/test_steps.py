@@ -69,7 +69,7 @@ def capturing(engine: Engine, monkeypatch: pytest.MonkeyPatch, stuck: bool = Fal
 
 
 def test_a_few_tokens_at_once_are_as_one_by_one(engine: Engine) -> None:
-    ids = random_ids(30)
+    ids = random_ids(18)
     expected = engine.logits(ids, chunk=1)
     assert engine._execution.steps.most == 8
     before = engine.traffic
@@ -83,7 +83,7 @@ def test_a_few_tokens_at_once_are_as_one_by_one(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("landing", "most"), [(2, 1), (4, 2), (7, 3), (8, 8)])
 def test_only_what_the_landing_buffers_hold_goes_together(tiny_artifact: Path, landing: int, most: int) -> None:
-    ids = random_ids(24)
+    ids = random_ids(16)
     with load(tiny_artifact, landing) as engine:
         assert engine._execution.steps.most == most
         expected = engine.logits(ids, chunk=1)
@@ -149,7 +149,7 @@ def test_a_conversation_with_graphs(engine: Engine, monkeypatch: pytest.MonkeyPa
 def test_what_cannot_be_captured_runs_without_a_graph(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    ids = random_ids(30)
+    ids = random_ids(15)
     expected = engine.logits(ids, chunk=3)
     recorded = capturing(engine, monkeypatch, stuck=True)
     if fault == "refused":

@@ -68,7 +68,8 @@ def meta_model(directory: Path) -> Any:
 
     place = directory / "config.json"
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
+        # A synthetic checkpoint's directory is but a name, which must not be looked for on the hub.
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:  # a config can break its class in any way: all are the config's fault

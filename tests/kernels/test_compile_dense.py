@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from architectures import ARCHITECTURES, spread
 
 from moeflow.errors import DeviceError
 from moeflow.kernels.compiler import compile_cubin
 
-ARCHITECTURES = (75, 80, 86, 89, 90)
+# Element, width of keys, width of values, rows.
+SHAPES = ((1, 64, 64, 8), (2, 96, 96, 1), (1, 128, 128, 4), (2, 128, 128, 8), (2, 192, 128, 8), (0, 256, 256, 4))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,10 +29,7 @@ def test_dense(arch: int) -> None:
         assert all(name in code for name in (b"rms_norm", b"rotate", b"append"))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(
-    "shape", [(1, 64, 64, 8), (2, 96, 96, 1), (1, 128, 128, 4), (2, 128, 128, 8), (2, 192, 128, 8), (0, 256, 256, 4)]
-)
+@pytest.mark.parametrize(("arch", "shape"), spread(SHAPES))
 def test_attention(arch: int, shape: tuple[int, int, int, int]) -> None:
     defines = dict(zip(("ELEMENT", "WIDTH", "VALUES", "ROWS"), shape, strict=True))
     for fresh in (0, 1):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gemv_checks import FORMATS, check_gates, check_not_a_number, check_product, check_unpack
+from architectures import ARCHITECTURES, spread
+from gemv_checks import FORMATS, check_gates, check_not_a_number, check_product, check_unpack, matrix_of
 
 from moeflow.kernels.compiler import SOURCE, compile_cubin
 from moeflow.kernels.gemv import Gemv
@@ -16,7 +17,7 @@ emulator = pytest.importorskip("emulator.launcher")
 emulated = pytest.mark.skipif(not emulator.available(), reason="no g++")
 
 CPU = torch.device("cpu")
-ARCHITECTURES = (75, 80, 86, 89, 90)
+SCHEMES = ("hqq 2 64", "hqq 3 64", "hqq 4 64", "hqq 8 64", "hqq 2 16 8", "nf4", "int8", "none bfloat16")
 
 
 @emulated
@@ -45,19 +46,21 @@ def test_unpack_is_dequantize_bit_for_bit(scheme: str) -> None:
     check_unpack(emulator.EmulatedLauncher("random"), CPU, scheme, rows=5, columns=384)
 
 
+@pytest.mark.parametrize(("arch", "scheme"), spread(SCHEMES))
+def test_every_format_compiles(arch: int, scheme: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    form = Gemv(None, matrix_of(scheme, 8, 384), CPU)._format  # type: ignore[arg-type]
+    for tokens in (1, 8):
+        defines = {**form.defines, "ROWS": 2, "TOKENS": tokens, "OUTPUT": 2, "COLUMNS": 384}
+        assert compile_cubin("gemv.cu", defines, arch)
+    assert compile_cubin("activation.cu", {**form.defines, "GATE": "SILU", "INPUT": 0}, arch)
+    if not scheme.startswith("none"):
+        assert compile_cubin("unpack.cu", {**form.defines, "OUTPUT": 2}, arch)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_source_compiles(arch: int) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    import gemv_checks
-
-    for scheme in ("hqq 2 64", "hqq 3 64", "hqq 4 64", "hqq 8 64", "hqq 2 16 8", "nf4", "int8", "none bfloat16"):
-        form = Gemv(None, gemv_checks.matrix_of(scheme, 8, 384), CPU)._format  # type: ignore[arg-type]
-        for tokens in (1, 8):
-            defines = {**form.defines, "ROWS": 2, "TOKENS": tokens, "OUTPUT": 2, "COLUMNS": 384}
-            assert compile_cubin("gemv.cu", defines, arch)
-        assert compile_cubin("activation.cu", {**form.defines, "GATE": "SILU", "INPUT": 0}, arch)
-        if not scheme.startswith("none"):
-            assert compile_cubin("unpack.cu", {**form.defines, "OUTPUT": 2}, arch)
     for lfu in (0, 1):
         tables = {"EXPERTS": 128, "GUESSES": 8, "WARPS": 64, "LFU": lfu}
         assert compile_cubin("cache.cu", tables, arch)

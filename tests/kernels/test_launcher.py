@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 
 from moeflow.errors import DeviceError
 from moeflow.kernels import compiler
@@ -19,7 +20,6 @@ from moeflow.kernels.compiler import cached_cubin, full_source
 from moeflow.kernels.launcher import CudaLauncher, compile_cubin, cuda_launcher
 
 EMULATOR = Path(__file__).parent.parent / "emulator"
-ARCHITECTURES = (75, 80, 86, 89, 90)
 
 
 def bindings_are_here() -> bool:
