@@ -96,6 +96,9 @@ class Subject:
 
 
 NAMES = ("gate_up_proj", "down_proj")
+MEASURED = ("squares", "uses", "own", "hessian", "outputs", "residual", "fisher")
+CRITERIA = (*MEASURED, "relative", "alike")
+"""relative: outputs beside the sum of the squares of the layer's own; alike: beside the layer's error at 2 bits."""
 
 
 def restored(weight: Tensor, scheme: Scheme, quantizer: Quantizer | None = None) -> Tensor:
@@ -123,8 +126,8 @@ def inner(x: Tensor, gate_up: Tensor) -> Tensor:
 def criteria(subject: Subject, schemes: list[Weights]) -> dict[str, Floats]:
     """Name -> errors [L, E, S]."""
     layers, experts = subject.plain[0].shape[:2]
-    names = ("squares", "uses", "own", "hessian", "outputs", "residual", "fisher")
-    found = {name: np.zeros((layers, experts, len(schemes))) for name in names}
+    found = {name: np.zeros((layers, experts, len(schemes))) for name in MEASURED}
+    energy = np.zeros((layers, 1, 1))
     for layer in range(layers):
         hidden, ids, shares = subject.inputs[layer]
         for expert in range(experts):
@@ -132,6 +135,7 @@ def criteria(subject: Subject, schemes: list[Weights]) -> dict[str, Floats]:
             x, share = hidden[tokens], shares[tokens, places, None]
             plain = [own[layer, expert] for own in subject.plain]
             act = inner(x, plain[0])
+            energy[layer] += float((act @ plain[1].T * share).square().sum())
             moments = [(x * share).square().sum(0), (act * share).square().sum(0)]
             for number, weights in enumerate(schemes):
                 other = [own[layer, expert] for own in weights]
@@ -148,7 +152,8 @@ def criteria(subject: Subject, schemes: list[Weights]) -> dict[str, Floats]:
                 }
                 for name, value in values.items():
                     found[name][layer, expert, number] = value
-    return found
+    worst = found["outputs"].sum(1, keepdims=True).max(-1, keepdims=True)  # [L, 1, 1]
+    return found | {"relative": found["outputs"] / energy, "alike": found["outputs"] / worst}
 
 
 def divergences(subject: Subject, schemes: list[Weights], tokens: int) -> Floats:
@@ -168,10 +173,25 @@ def divergences(subject: Subject, schemes: list[Weights], tokens: int) -> Floats
     return found
 
 
-def compare(subject: Subject, windows: Tensor, blobs: Blobs, shares: list[float], kl_tokens: int) -> None:
+def layer_divergences(subject: Subject, scheme: Scheme) -> None:
+    """Print KL of the whole model when all experts of one layer are quantized, on half of the calibration."""
+    windows = subject.calibration[: max(1, len(subject.calibration) // 2)]
+    base, weights = subject.log_probabilities(windows), under(subject.plain, scheme)
+    for layer, experts in enumerate(subject.experts):
+        for name, own in zip(NAMES, weights, strict=True):
+            getattr(experts, name).data.copy_(own[layer])
+        now = subject.log_probabilities(windows)
+        print(f"layer {layer} {scheme.label}: KL {float((base.exp() * (base - now)).sum(-1).mean()):.4f}", flush=True)
+        for name, own in zip(NAMES, subject.plain, strict=True):
+            getattr(experts, name).data.copy_(own[layer])
+
+
+def compare(
+    subject: Subject, windows: Tensor, blobs: Blobs, shares: list[float], kl_tokens: int, names: list[str]
+) -> None:
     """Print perplexities by criterion and budget."""
     schemes = [under(subject.plain, scheme) for scheme in blobs.schemes]
-    errors = criteria(subject, schemes)
+    errors = {name: own for name, own in criteria(subject, schemes).items() if name in names}
     if kl_tokens:
         errors["kl"] = divergences(subject, schemes, kl_tokens)
     for number, (scheme, weights) in enumerate(zip(blobs.schemes, schemes, strict=True)):
@@ -266,7 +286,9 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=["2", "3", "4"], help="to choose from")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.1], help="of the size of 2 bits for all")
     parser.add_argument("--kl-tokens", type=int, default=1024, help="for KL by expert, the slow one; 0: leave it out")
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), help="beside KL")
     parser.add_argument("--scaling", action="store_true", help="compare scales and outliers, and no criteria")
+    parser.add_argument("--layers", action="store_true", help="KL of each layer alone at 2 bits, and no criteria")
     parser.add_argument("--lots", type=int, default=0, help="so many draws of experts by lot, and no criteria")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -281,10 +303,12 @@ def main() -> None:
     held = windows(asked.text, asked.tokens)
     if asked.scaling:
         return scaling(subject, held)
+    if asked.layers:
+        return layer_divergences(subject, WIDTHS[0])
     if asked.lots:
         return at_random(subject, held, asked.lots)
     blobs = Blobs.of(Checkpoint.open(directory), [SCHEMES[name] for name in asked.schemes])
-    return compare(subject, held, blobs, asked.shares, asked.kl_tokens)
+    return compare(subject, held, blobs, asked.shares, asked.kl_tokens, asked.criteria)
 
 
 if __name__ == "__main__":
