@@ -18,7 +18,7 @@ from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.errors import UsageError
 from moeflow.files import read_text
 from moeflow.offload.trace import load_trace
-from moeflow.planning.bits import Allotment, allot, even, importance
+from moeflow.planning.bits import Allotment, allot, even, importance, layers_alike
 from moeflow.planning.blobs import Blobs
 from moeflow.planning.standin import schemes_of
 from moeflow.progress import Progress, silent
@@ -77,6 +77,8 @@ def choose(
         routes.require(len(blobs.layers), blobs.experts, checkpoint.top_k, str(request.trace))
         weights, tokens = importance(routes), len(routes.routes)
     errors = _sensitivity(checkpoint, model, blobs.schemes, request.text, table, progress)
+    if request.text is not None:
+        weights = layers_alike(errors)
     return allot(blobs, errors, request.budget, weights, tokens, request.by_layer), errors
 
 

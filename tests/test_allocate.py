@@ -22,7 +22,7 @@ from moeflow.artifact.reader import Artifact
 from moeflow.artifact.shapes import config_checkpoint
 from moeflow.errors import CheckpointError, DocumentError, UsageError
 from moeflow.offload.trace import Trace, save_trace
-from moeflow.planning.bits import Allotment, allot, even, importance
+from moeflow.planning.bits import Allotment, allot, even, importance, layers_alike
 from moeflow.planning.blobs import SCHEMES, Blobs
 from moeflow.quantization.registry import quantizer_for
 from moeflow.schema import Profile, Scheme, Sensitivity
@@ -204,6 +204,18 @@ def test_importance_is_use_and_none_is_free() -> None:
     routes = np.array([[[0, 1]], [[0, 2]]], np.int16)
     found = importance(Trace(routes, 4, "x"))
     assert found.tolist() == [[1.5, 1.0, 1.0, 0.5]]
+
+
+def test_layers_count_alike_whatever_the_size_of_their_outputs(table: Sensitivity) -> None:
+    first, *others = table.layers
+    larger = first.model_copy(update={"errors": tuple(tuple(1000 * e for e in row) for row in first.errors)})
+    nothing = first.model_copy(update={"errors": tuple(tuple(0.0 for _ in row) for row in first.errors)})
+    one, other = (
+        np.array([entry.errors for entry in t.layers]) * layers_alike(t)[..., None]
+        for t in (table, table.model_copy(update={"layers": (larger, *others)}))
+    )
+    assert one == pytest.approx(other) and one.sum(axis=1).max(axis=1) == pytest.approx(np.ones(LAYERS))
+    assert (layers_alike(table.model_copy(update={"layers": (nothing, *others)}))[0] == 1).all()
 
 
 def test_comments_give_the_reason(checkpoint: Path, table_file: Path, tmp_path: Path, moe: Run) -> None:

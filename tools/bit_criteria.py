@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python tools/bit_criteria.py --calibration hamlet.txt --text twelfth-night.txt [--scaling]
 
-Experts get 2, 3 or 4 bits (groups of 64) within a budget, by each of the criteria that docs/bit-allocation.md compares;
-attention stays unquantized. With --scaling instead: activation-aware scales (AWQ, arXiv 2306.00978) and outliers kept
-in 16 bits, simulated on all experts at 2 and at 3 bits. Works in transformers' own model with restored weights, all in
-memory: a tool for small models, not what `moeflow allocate` does.
+Experts get 2, 3 or 4 bits (groups of 64; others by --schemes) within a budget, by each of the criteria that
+docs/bit-allocation.md compares; attention stays unquantized. With --scaling instead: activation-aware scales (AWQ,
+arXiv 2306.00978) and outliers kept in 16 bits, simulated on all experts at 2 and at 3 bits. Works in transformers' own
+model (--model, or the demo) with restored weights, all in memory: a tool for small models, not what `moeflow allocate`
+does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from moeflow.artifact.layout import packed_matrix
 from moeflow.artifact.matrix import dequantize, encode, parts_of
 from moeflow.planning.allocation import Floats, allocate
 from moeflow.planning.blobs import SCHEMES, Blobs
+from moeflow.quantization.base import Quantizer
 from moeflow.quantization.registry import quantizer_for
 from moeflow.schema import Scheme
 from moeflow.text import TextCodec
@@ -40,7 +42,7 @@ Weights = tuple[Tensor, Tensor]
 
 
 class Subject:
-    """The demo model, its experts' weights, and what they are given on a text."""
+    """A model in memory, its experts' weights, and what they are given on a text."""
 
     def __init__(self, directory: Path, calibration: Tensor):
         self.model: Any = (
@@ -94,19 +96,24 @@ class Subject:
 
 
 NAMES = ("gate_up_proj", "down_proj")
+MEASURED = ("squares", "uses", "own", "hessian", "outputs", "residual", "fisher")
+CRITERIA = (*MEASURED, "relative", "alike")
+"""relative: outputs beside the sum of the squares of the layer's own; alike: beside the layer's error at 2 bits."""
 
 
-def restored(weight: Tensor, scheme: Scheme) -> Tensor:
-    """A matrix [N, K] quantized, packed and read back."""
+def restored(weight: Tensor, scheme: Scheme, quantizer: Quantizer | None = None) -> Tensor:
+    """A matrix [N, K] quantized (by the scheme's own quantizer, if by no other), packed and read back."""
     matrix = packed_matrix("m", *weight.shape, scheme, "float32")
     blob = torch.zeros(matrix.segments[-1].offset + matrix.segments[-1].nbytes, dtype=torch.uint8)
-    encode(matrix, [weight], quantizer_for(scheme), blob)
+    encode(matrix, [weight], quantizer or quantizer_for(scheme), blob)
     return dequantize(matrix, parts_of(matrix, blob), torch.float32)
 
 
-def under(plain: Weights, scheme: Scheme) -> Weights:
+def under(plain: Weights, scheme: Scheme, quantizer: Quantizer | None = None) -> Weights:
     """All experts under one scheme."""
-    gate_up, down = (torch.stack([restored(m, scheme) for m in own.flatten(0, 1)]).view_as(own) for own in plain)
+    gate_up, down = (
+        torch.stack([restored(m, scheme, quantizer) for m in own.flatten(0, 1)]).view_as(own) for own in plain
+    )
     return gate_up, down
 
 
@@ -119,8 +126,8 @@ def inner(x: Tensor, gate_up: Tensor) -> Tensor:
 def criteria(subject: Subject, schemes: list[Weights]) -> dict[str, Floats]:
     """Name -> errors [L, E, S]."""
     layers, experts = subject.plain[0].shape[:2]
-    names = ("squares", "uses", "own", "hessian", "outputs", "residual", "fisher")
-    found = {name: np.zeros((layers, experts, len(schemes))) for name in names}
+    found = {name: np.zeros((layers, experts, len(schemes))) for name in MEASURED}
+    energy = np.zeros((layers, 1, 1))
     for layer in range(layers):
         hidden, ids, shares = subject.inputs[layer]
         for expert in range(experts):
@@ -128,6 +135,7 @@ def criteria(subject: Subject, schemes: list[Weights]) -> dict[str, Floats]:
             x, share = hidden[tokens], shares[tokens, places, None]
             plain = [own[layer, expert] for own in subject.plain]
             act = inner(x, plain[0])
+            energy[layer] += float((act @ plain[1].T * share).square().sum())
             moments = [(x * share).square().sum(0), (act * share).square().sum(0)]
             for number, weights in enumerate(schemes):
                 other = [own[layer, expert] for own in weights]
@@ -144,7 +152,8 @@ def criteria(subject: Subject, schemes: list[Weights]) -> dict[str, Floats]:
                 }
                 for name, value in values.items():
                     found[name][layer, expert, number] = value
-    return found
+    worst = found["outputs"].sum(1, keepdims=True).max(-1, keepdims=True)  # [L, 1, 1]
+    return found | {"relative": found["outputs"] / energy, "alike": found["outputs"] / worst}
 
 
 def divergences(subject: Subject, schemes: list[Weights], tokens: int) -> Floats:
@@ -164,21 +173,37 @@ def divergences(subject: Subject, schemes: list[Weights], tokens: int) -> Floats
     return found
 
 
-def compare(subject: Subject, windows: Tensor, blobs: Blobs, shares: list[float], kl_tokens: int) -> None:
+def layer_divergences(subject: Subject, scheme: Scheme) -> None:
+    """Print KL of the whole model when all experts of one layer are quantized, on half of the calibration."""
+    windows = subject.calibration[: max(1, len(subject.calibration) // 2)]
+    base, weights = subject.log_probabilities(windows), under(subject.plain, scheme)
+    for layer, experts in enumerate(subject.experts):
+        for name, own in zip(NAMES, weights, strict=True):
+            getattr(experts, name).data.copy_(own[layer])
+        now = subject.log_probabilities(windows)
+        print(f"layer {layer} {scheme.label}: KL {float((base.exp() * (base - now)).sum(-1).mean()):.4f}", flush=True)
+        for name, own in zip(NAMES, subject.plain, strict=True):
+            getattr(experts, name).data.copy_(own[layer])
+
+
+def compare(
+    subject: Subject, windows: Tensor, blobs: Blobs, shares: list[float], kl_tokens: int, names: list[str]
+) -> None:
     """Print perplexities by criterion and budget."""
-    schemes = [under(subject.plain, scheme) for scheme in WIDTHS]
-    errors = criteria(subject, schemes)
+    schemes = [under(subject.plain, scheme) for scheme in blobs.schemes]
+    errors = {name: own for name, own in criteria(subject, schemes).items() if name in names}
     if kl_tokens:
         errors["kl"] = divergences(subject, schemes, kl_tokens)
-    for scheme, weights in zip(WIDTHS, schemes, strict=True):
+    for number, (scheme, weights) in enumerate(zip(blobs.schemes, schemes, strict=True)):
         subject.put(weights)
-        print(f"all {scheme.label}: {subject.perplexity(windows):.2f}", flush=True)
+        bits = blobs.bits(blobs.experts * int(blobs.sizes[:, number].sum()))
+        print(f"all {scheme.label}, {bits:.3f} bits: {subject.perplexity(windows):.2f}", flush=True)
     layers, experts = subject.plain[0].shape[:2]
     for share in shares:
         room = int(share * experts * blobs.sizes[:, 0].sum())
         for (name, own), by_layer in ((item, by) for item in errors.items() for by in (False, True)):
             per = experts if by_layer else 1
-            grouped = own.reshape(-1, per, len(WIDTHS)).sum(1)
+            grouped = own.reshape(-1, per, len(schemes)).sum(1)
             sizes = np.repeat(per * blobs.sizes, experts // per, axis=0)
             chosen = allocate(grouped, np.ones(len(grouped)), sizes, room)
             numbers = np.repeat(chosen.choices, per).reshape(layers, experts)
@@ -255,14 +280,19 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path, required=True, help="text whose first 4,096 tokens are used")
-    parser.add_argument("--text", type=Path, required=True, help="text whose first 8,192 tokens are evaluated")
+    parser.add_argument("--text", type=Path, required=True, help="text that is evaluated")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the text's beginning")
+    parser.add_argument("--model", default="demo", help="a checkpoint in transformers' layout")
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=["2", "3", "4"], help="to choose from")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.1], help="of the size of 2 bits for all")
     parser.add_argument("--kl-tokens", type=int, default=1024, help="for KL by expert, the slow one; 0: leave it out")
+    parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), help="beside KL")
     parser.add_argument("--scaling", action="store_true", help="compare scales and outliers, and no criteria")
+    parser.add_argument("--layers", action="store_true", help="KL of each layer alone at 2 bits, and no criteria")
     parser.add_argument("--lots", type=int, default=0, help="so many draws of experts by lot, and no criteria")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    directory = resolve_model("demo")
+    directory = resolve_model(asked.model)
     codec = TextCodec(directory)
 
     def windows(path: Path, count: int) -> Tensor:
@@ -270,12 +300,15 @@ def main() -> None:
         return torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
 
     subject = Subject(directory, windows(asked.calibration, 4096))
-    held = windows(asked.text, 8192)
+    held = windows(asked.text, asked.tokens)
     if asked.scaling:
         return scaling(subject, held)
+    if asked.layers:
+        return layer_divergences(subject, WIDTHS[0])
     if asked.lots:
         return at_random(subject, held, asked.lots)
-    return compare(subject, held, Blobs.of(Checkpoint.open(directory), WIDTHS), asked.shares, asked.kl_tokens)
+    blobs = Blobs.of(Checkpoint.open(directory), [SCHEMES[name] for name in asked.schemes])
+    return compare(subject, held, blobs, asked.shares, asked.kl_tokens, asked.criteria)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from loss_plot import plot
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -125,34 +126,6 @@ def generate(model: PreTrainedModel, tokenizer: Any, prompt: str, seed: int, len
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Loss against step with the n-gram baselines, where there are any, as horizontal lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    curve, baselines = record["curve"], record["corpus"]["baselines"]
-    steps = [point["step"] for point in curve]
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=110)
-    axes.plot(steps, [p["train_loss"] for p in curve], label="training (with dropout)", color="tab:blue")
-    axes.plot(steps, [p["heldout_loss"] for p in curve], label="held-out", color="tab:orange")
-    for name, label, style in (("unigram", "unigram", ":"), ("kneser_ney_5gram", "Kneser-Ney 5-gram", "--")):
-        if name in baselines:
-            loss = baselines[name]["nats_per_token"]
-            axes.axhline(loss, color="grey", linestyle=style, label=f"{label}, held-out ({loss:.2f})")
-    axes.set(
-        xlabel="optimizer step",
-        ylabel="loss, nats per token",
-        title="Loss while training",
-    )
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
-
-
 def report(corpus: Path, checkpoint: Path, with_samples: bool, picture: Path | None = None) -> dict[str, Any]:
     """Evaluate the checkpoint, print the results and complete its training.json."""
     record: dict[str, Any] = json.loads((checkpoint / "training.json").read_text())
@@ -175,7 +148,7 @@ def report(corpus: Path, checkpoint: Path, with_samples: bool, picture: Path | N
         ]
     (checkpoint / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     if picture is not None:
-        plot(record, picture)
+        plot({checkpoint.name: record}, picture)
     return record
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,9 +18,8 @@ from pathlib import Path
 from moeflow import pipeline
 from moeflow.artifact.checkpoint import Checkpoint
 from moeflow.artifact.hub import resolve_model
-from moeflow.artifact.reader import Artifact
 from moeflow.errors import UsageError
-from moeflow.evaluation.run import Report, Text, check_reference, evaluate, protocol
+from moeflow.evaluation.run import Reference, Report, Text, check_reference, evaluate, protocol
 from moeflow.files import storage_errors
 from moeflow.progress import Progress, silent
 from moeflow.schema import Evaluation, HardwareProfile, Profile, TextProtocol
@@ -90,29 +90,30 @@ def run_grid(
         text: what to predict.
         directory: where artifacts and evaluations lie.
         hardware: the machine; by default this one, probed once if anything is packed.
-        reference: the same model, unquantized; for divergence.
+        reference: the same model's directory, unquantized; for divergence. It runs once.
         keep: leave artifacts where they are; else each is removed once it is evaluated.
         progress: told of packing.
         report: told of evaluating.
     """
     checkpoint = Checkpoint.open(resolve_model(wanted[0].profile.model, wanted[0].profile.revision))
     digest = checkpoint.digest()
-    if reference is not None:
-        check_reference(wanted[0].profile.model, digest, Artifact.open(reference))
     _, cut = protocol(checkpoint.directory, checkpoint.max_context, text)
-    for cell in wanted:
-        record, artifact = directory / f"{cell.name}.json", directory / cell.name
-        found = _finished(record, cell, digest, cut, reference is not None)
-        fresh = found is None
-        if found is None:
-            hardware = hardware or pipeline.resolve_hardware("auto")
-            pipeline.pack(cell.profile, artifact, hardware=hardware, progress=progress)
-            found = evaluate(artifact, text, reference, report)
-            found.save(record)
-            if not keep:
-                with storage_errors(artifact, "remove"):
-                    shutil.rmtree(artifact)
-        yield cell, found, not fresh
+    with nullcontext() if reference is None else Reference(reference) as other:
+        if other is not None:
+            check_reference(wanted[0].profile.model, digest, other.artifact)
+        for cell in wanted:
+            record, artifact = directory / f"{cell.name}.json", directory / cell.name
+            found = _finished(record, cell, digest, cut, other is not None)
+            fresh = found is None
+            if found is None:
+                hardware = hardware or pipeline.resolve_hardware("auto")
+                pipeline.pack(cell.profile, artifact, hardware=hardware, progress=progress)
+                found = evaluate(artifact, text, other, report)
+                found.save(record)
+                if not keep:
+                    with storage_errors(artifact, "remove"):
+                        shutil.rmtree(artifact)
+            yield cell, found, not fresh
 
 
 def _finished(record: Path, cell: Cell, digest: str, cut: TextProtocol, compared: bool) -> Evaluation | None:

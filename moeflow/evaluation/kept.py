@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -25,7 +24,7 @@ __all__ = ["KeptLogits"]
 
 
 class KeptLogits:
-    """Rows that are written in order, then read in the same order. Use as a context manager."""
+    """Rows that are written in order, then read in the same order, as often as they are rewound. A context manager."""
 
     def __init__(self, rows: int):
         """For `rows` rows, in the directory of temporary files."""
@@ -33,7 +32,7 @@ class KeptLogits:
         self._columns = 0
         self._place = Path(tempfile.gettempdir())
         with storage_errors(self._place, "write"):
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  closed by close
 
     def write(self, rows: Tensor) -> None:
         """Add float32 rows [n, V].
@@ -67,10 +66,12 @@ class KeptLogits:
             rows = np.fromfile(self._file, np.float32, count * self._columns)
         return torch.from_numpy(rows.reshape(count, self._columns))
 
+    def close(self) -> None:
+        """Free the file."""
+        self._file.close()
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from moeflow.probe.environment import environment
 from moeflow.schema import DenseScheme, Divergence, Evaluated, Evaluation, Manifest, TextProtocol
 from moeflow.text import TextCodec
 
-__all__ = ["Text", "check_context", "check_reference", "evaluate", "heading", "protocol", "sizes"]
+__all__ = ["Reference", "Text", "check_context", "check_reference", "evaluate", "heading", "protocol", "sizes"]
 
 CONTEXT, STRIDE = 2048, 512
 
@@ -104,10 +104,42 @@ def _unquantized(manifest: Manifest) -> bool:
     return all(isinstance(matrix.scheme, DenseScheme) for matrix in (*matrices, *manifest.resident))
 
 
+class Reference:
+    """An unquantized model whose run of one text serves every model that is compared with it. A context manager."""
+
+    def __init__(self, directory: str | Path):
+        self.artifact = Artifact.open(directory)
+        self._kept: KeptLogits | None = None
+        self._cut: TextProtocol | None = None
+        self._row: Evaluated | None = None
+
+    def run(self, ids: Sequence[int], cut: TextProtocol, report: Report) -> tuple[Evaluated, KeptLogits]:
+        """Its row, and its logits from the first one on; computed where `cut` is not what it was the last time."""
+        if self._kept is None or self._row is None or self._cut != cut:
+            self.close()
+            self._kept = KeptLogits(cut.scored)
+            self._row = _row(self.artifact, ids, cut, report, self._kept.write)
+            self._cut = cut
+        self._kept.rewind()
+        return self._row, self._kept
+
+    def close(self) -> None:
+        """Give back the logits' file."""
+        if self._kept is not None:
+            self._kept.close()
+        self._kept = self._row = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def evaluate(
     artifact: str | Path,
     text: Text,
-    reference: str | Path | None = None,
+    reference: str | Path | Reference | None = None,
     report: Report = lambda _what, _done, _total: None,
 ) -> Evaluation:
     """Evaluate a packed model on a text.
@@ -115,7 +147,7 @@ def evaluate(
     Args:
         artifact: its directory.
         text: what to predict.
-        reference: directory of the same model, unquantized; for divergence.
+        reference: the same model, unquantized, or its directory; for divergence.
         report: told of progress.
 
     Returns:
@@ -125,12 +157,14 @@ def evaluate(
         UsageError: text, settings or reference do not fit the model.
         CapacityError: the reference's logits do not fit the disk.
     """
+    if isinstance(reference, str | Path):
+        with Reference(reference) as once:
+            return evaluate(artifact, text, once, report)
     opened = Artifact.open(artifact)
-    other = None if reference is None else Artifact.open(reference)
-    if other is not None:
-        check_reference(opened.manifest.model.source, opened.manifest.model.source_digest, other)
+    if reference is not None:
+        check_reference(opened.manifest.model.source, opened.manifest.model.source_digest, reference.artifact)
     ids, cut = protocol(opened.directory, opened.manifest.model.max_context, text)
-    rows = [_row(opened, ids, cut, report)] if other is None else _compared(opened, other, ids, cut, report)
+    rows = [_row(opened, ids, cut, report)] if reference is None else _compared(opened, reference, ids, cut, report)
     return Evaluation(**heading(opened.manifest), protocol=cut, rows=tuple(rows))
 
 
@@ -159,14 +193,12 @@ def sizes(manifest: Manifest) -> dict[str, Any]:
 
 
 def _compared(
-    opened: Artifact, reference: Artifact, ids: Sequence[int], cut: TextProtocol, report: Report
+    opened: Artifact, reference: Reference, ids: Sequence[int], cut: TextProtocol, report: Report
 ) -> list[Evaluated]:
     """The model's row, with its divergence, and the reference's."""
     parts: list[Divergence] = []
-    with KeptLogits(cut.scored) as kept:
-        theirs = _row(reference, ids, cut, report, kept.write)
-        kept.rewind()
-        own = _row(opened, ids, cut, report, lambda rows: parts.append(divergence(kept.read(len(rows)), rows)))
+    theirs, kept = reference.run(ids, cut, report)
+    own = _row(opened, ids, cut, report, lambda rows: parts.append(divergence(kept.read(len(rows)), rows)))
     whole = Divergence(kl=math.fsum(part.kl for part in parts), agreed=sum(part.agreed for part in parts))
     return [own.model_copy(update={"divergence": whole}), theirs]
 

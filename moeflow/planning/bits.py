@@ -1,7 +1,8 @@
 """Bits for every expert, or every layer's experts, under a budget: measured errors in, a quantization out.
 
 Errors of weights count as often as a trace used their expert, so that what is small is the error of what runs; errors
-of outputs on a text have that in them already. What the layers behind an expert make of its error is not looked at.
+of outputs on a text have that in them already, and count beside those of their own layer: outputs grow from layer to
+layer as the residual stream does, and what they lose costs the model about the same in each (docs/bit-allocation.md).
 `moeflow.planning.allocation` chooses; here its numbers get their meaning, and its choices become overrides.
 """
 
@@ -22,7 +23,7 @@ from moeflow.planning.blobs import Blobs
 from moeflow.schema import MeasuredText, Override, Quantization, Scheme, Sensitivity
 from moeflow.schema.layers import written
 
-__all__ = ["Allotment", "Uniform", "allot", "even", "importance", "quantization"]
+__all__ = ["Allotment", "Uniform", "allot", "even", "importance", "layers_alike", "quantization"]
 
 
 def importance(trace: Trace) -> Floats:
@@ -36,6 +37,14 @@ def importance(trace: Trace) -> Floats:
 def even(blobs: Blobs) -> Floats:
     """Every expert counts alike, [L, E]."""
     return np.ones((len(blobs.layers), blobs.experts))
+
+
+def layers_alike(table: Sensitivity) -> Floats:
+    """[L, E], what makes the errors of each layer sum to 1 under the scheme that is worst for it; 1 where none errs."""
+    errors = np.array([entry.errors for entry in table.layers])  # [L, E, S]
+    worst = errors.sum(axis=1).max(axis=-1)  # [L]
+    alike = np.divide(1.0, worst, out=np.ones_like(worst), where=worst > 0)
+    return np.repeat(alike[:, None], errors.shape[1], axis=1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Allotment:
     errors: Floats
     """[L, E, S], sums of squares, weighted."""
     square: float
-    """Of all weights, weighted alike: what errors are relative to."""
+    """Of all weights or outputs, weighted alike: what errors are relative to."""
     least: float
     """Weighted sum of squares that no choice within the budget is below."""
     budget: float
@@ -133,7 +142,7 @@ class Allotment:
     def measured(self) -> str:
         """Errors of what, in words."""
         if self.text is not None:
-            return f"outputs on {self.text.tokens:,} tokens of {self.text.name}"
+            return f"outputs on {self.text.tokens:,} tokens of {self.text.name}, layers counting alike"
         return "weights, " + (f"by uses in {self.tokens:,} recorded tokens" if self.tokens else "all experts alike")
 
     def reasons(self) -> dict[str, str]:

@@ -99,8 +99,15 @@ def test_artifacts_can_be_given_up_and_results_stay(tiny_checkpoint: Path, tmp_p
 
 def test_a_reference_is_compared_with_each(tiny_checkpoint: Path, plain: Path, quantized: Path, tmp_path: Path) -> None:
     run(tiny_checkpoint, tmp_path)
-    found = run(tiny_checkpoint, tmp_path, reference=plain)
+    whole: list[str] = []
+    found = run(
+        tiny_checkpoint,
+        tmp_path,
+        reference=plain,
+        report=lambda what, done, total: whole.append(what) if done == total else None,
+    )
     assert not any(before for *_, before in found), "those from before have no divergence"
+    assert len(whole) == 3, "two cells, and the reference once"
     kl = {name: one.mean_kl(one.rows[0]) for name, one, _ in found}
     assert kl["16-16"] == 0 and kl["2-16"]
     with pytest.raises(UsageError, match="is quantized"):
