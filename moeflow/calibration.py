@@ -53,7 +53,7 @@ QUANTIZATION = {
     "experts": {"backend": "hqq", "bits": 4, "group_size": 64},
     "attention": {"backend": "hqq", "bits": 4, "group_size": 64},
 }
-DEPTHS = (6, 18)  # layers of the two models: with fewer, the host's own work would be what is timed
+DEPTHS = (8, 24)  # layers of the two models: with fewer, the host's own work would be what is timed
 RATE_STEP = 1_000_000_000  # bytes a second; finer digits differ from run to run
 LEAST = 1e-7  # seconds of a latency, which noise may turn negative
 COMPILERS = 4  # threads; on a machine that compiles its first kernels, 35 of them took 15 s one after the other

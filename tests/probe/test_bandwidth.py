@@ -252,14 +252,21 @@ def test_rates_of_a_real_gpu_follow_the_bytes_they_count() -> None:
 
 @pytest.mark.gpu
 def test_large_copies_are_faster_than_small_ones_and_the_kernel_is_near_the_engine() -> None:
-    """Of several measurements one at least: whoever else uses the link makes single rates meaningless."""
+    """The best of several measurements: whoever else uses the link makes single rates meaningless."""
     sizes = [64 << 10, MIB, 16 * MIB, 256 * MIB]
-    tries = [(link_rates(sizes), kernel_rates(sizes)) for _ in range(3)]
-    engine, kernel = (
-        [max(found[i].rate for found in way) for i in range(len(sizes))] for way in zip(*tries, strict=True)
-    )
-    for found in (engine, kernel):
-        assert 1.5 * found[0] < found[-1]
-        for small, large in itertools.pairwise(found):
-            assert small < 1.5 * large
-    assert 0.3 < kernel[-1] / engine[-1] < 2
+    best = [[0.0] * len(sizes), [0.0] * len(sizes)]
+
+    def as_expected() -> bool:
+        rising = all(
+            1.5 * found[0] < found[-1] and all(small < 1.5 * large for small, large in itertools.pairwise(found))
+            for found in best
+        )
+        return rising and 0.3 < best[1][-1] / best[0][-1] < 2
+
+    for _ in range(10):
+        for found, rates in zip(best, (link_rates(sizes), kernel_rates(sizes)), strict=True):
+            found[:] = [max(one, rate.rate) for one, rate in zip(found, rates, strict=True)]
+        if as_expected():
+            break
+        time.sleep(1)
+    assert as_expected(), best
