@@ -19,10 +19,9 @@ from moeflow.learning.fitting import RIDGE, fit
 from moeflow.learning.judgement import Judge, scores_of
 from moeflow.learning.moments import TAIL, Moments
 from moeflow.learning.training import train_predictor
-from moeflow.offload.policy import Rule
+from moeflow.offload.policy import LearnedPolicy
 from moeflow.offload.predictor import next_gate
 from moeflow.planning.ranking import scored_hits
-from moeflow.planning.replay import replay
 from moeflow.schema import PredictorCard
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 6, 2, 16
@@ -105,28 +104,35 @@ def test_guesses_are_fitted_to_the_numbers_that_routers_choose_by() -> None:
         torch.testing.assert_close(found.T.double(), expected, atol=5e-4, rtol=1e-3)
 
 
-def test_scores_replayed_are_a_cache_that_keeps_the_greatest() -> None:
+def test_scores_replayed_are_the_policys_decisions() -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     draw = np.random.default_rng(seed)
-    routes = draw.permuted(np.tile(np.arange(EXPERTS), (200, LAYERS, 1)), axis=-1)[..., :TOP_K].astype(np.int16)
-    scores = draw.permuted(np.tile(np.arange(EXPERTS), (200, LAYERS, 1)), axis=-1).astype(np.float32)
+    routes = draw.permuted(np.tile(np.arange(EXPERTS), (300, LAYERS, 1)), axis=-1)[..., :TOP_K].astype(np.int16)
+    scores = (draw.normal(size=(300, LAYERS, EXPERTS)).round(1) / 8).astype(np.float32)  # some are equal
     for k in range(EXPERTS + 1):
         expected = [0] * LAYERS
         for layer in range(LAYERS):
-            kept: set[int] = set()
-            for used, score in zip(routes[:, layer].tolist(), scores[:, layer], strict=True):
-                expected[layer] += len(kept & set(used))
-                kept = set(sorted(kept | set(used), key=lambda e, s=score: s[e])[-k:] if k else [])  # type: ignore[misc]
+            policy = LearnedPolicy(k)
+            for used, score in zip(np.sort(routes[:, layer]).tolist(), scores[:, layer].tolist(), strict=True):
+                policy.judge(score)
+                missing = [expert for expert in used if expert not in policy]
+                expected[layer] += len(used) - len(missing)
+                for expert in used:
+                    if expert not in missing:
+                        policy.touch(expert)
+                for expert in missing:
+                    policy.admit(expert)
         assert scored_hits(routes, scores, k).tolist() == expected
-    last = np.full((200, LAYERS, EXPERTS), -1.0, np.float32)  # of the last use: the replay is LRU's
-    for token in range(200):
-        if token:
-            last[token] = last[token - 1]
-        for layer in range(LAYERS):
-            for place, expert in enumerate(sorted(routes[token, layer].tolist())):
-                last[token, layer, expert] = 2 * token + place
-    assert scored_hits(routes, last, TOP_K).tolist() == replay(routes, Rule("lru"), (TOP_K,) * LAYERS)
+
+
+def test_a_policy_without_scores_keeps_who_is_used_most() -> None:
+    policy = LearnedPolicy(2)
+    for used in [(0, 1)] * 8 + [(0, 2)] * 2 + [(3, 4)]:
+        policy.judge([])
+        for expert in used:
+            policy.touch(expert) if expert in policy else policy.admit(expert)
+    assert 0 in policy and 1 in policy
 
 
 def test_recalls_are_shares_of_uses_over_all_tokens_of_the_layers_that_can_be_guessed() -> None:

@@ -2,8 +2,8 @@
 
 A matrix [E, H + 1] turns a token's hidden states before a router, and a one, into a score for each expert:
 `guess.D.L` says which experts MoE layer L will use, from the hidden states D layers before; `keep.L` how soon each
-expert of layer L will be used again. Only the order of scores counts, so each matrix is divided by its largest number
-and kept in 16 bits. It computes nothing and chooses nothing.
+expert of layer L will be used again, in the unit of `PredictorCard.reuse`. They are kept as bfloat16, whose range no
+model's weights leave. It computes nothing and chooses nothing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def save_predictor(path: Path, card: PredictorCard, matrices: Matrices) -> None:
     named = {f"keep.{layer}": matrix for layer, matrix in enumerate(matrices.keep)}
     for ahead, row in enumerate(matrices.guess, start=1):
         named |= {f"guess.{ahead}.{layer}": matrix for layer, matrix in enumerate(row) if matrix is not None}
-    half = {name: (m / m.abs().max().clamp(min=1e-30)).to("cpu", torch.float16) for name, m in named.items()}
+    half = {name: matrix.to("cpu", torch.bfloat16) for name, matrix in named.items()}
     with atomic_writer(path) as stream:
         stream.write(save(half, {CARD: card.to_json()}))
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,10 +130,10 @@ class ExpertRunner:
         guessed = self.predictor.guess(layer, hidden_states) if self.predictor is not None and guess else []
         parts = [index.flatten(), *(g.T.flatten() for g in guessed)]  # first choices first
         if self.keeper is not None:
-            parts.append(self.keeper(layer, hidden_states).argsort(stable=True).argsort())  # ranks, which are integers
+            parts.append(self.keeper(layer, hidden_states).view(torch.int32).to(torch.int64))  # bits, among integers
         flat = self._read(torch.cat(parts) if len(parts) > 1 else parts[0])
         if self.keeper is not None and isinstance(self.cache, ExpertCache):
-            self.cache.judge(layer, flat[-len(parts[-1]) :])
+            self.cache.judge(layer, np.array(flat[-len(parts[-1]) :], np.int32).view(np.float32).tolist())
         guesses: dict[tuple[int, int], None] = {}
         start = index.numel()
         for ahead, ids in enumerate(guessed, start=1):

@@ -21,7 +21,7 @@ from moeflow.kernels.copy import COPY_BLOCKS, COPY_THREADS, PIECE
 from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Kernel, Launcher
 from moeflow.offload.mover import Blobs, Mover
-from moeflow.offload.policy import Rule, growth
+from moeflow.offload.policy import FADING, Rule, growth
 from moeflow.offload.pools import Pool, Residents
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import Manifest, Plan
@@ -90,7 +90,8 @@ class DeviceCache:
         most = max(1, min(room, experts))
         self._buffers = table(layers, experts)
         self._stamps = table(layers, experts)
-        self._counts = table(layers, experts + 2, dtype=torch.float64)  # behind them, what a mix's uses weigh
+        self._counts = table(layers, experts + 2, dtype=torch.float64)  # behind them, what uses weigh
+        self._scores: list[Tensor | None] = [None] * layers  # float32 [E], of the policy learned
         self._state = table(layers, STATE)
         self._jobs = table(layers, most, 3)
         self._job_count = table(layers)
@@ -136,7 +137,8 @@ class DeviceCache:
         for table in (self._stamps, self._counts, self._state, self._progress):
             table.zero_()
         self._state[:, 1] = torch.tensor(self._quotas, dtype=torch.int32)
-        self._counts[:, -2:] = torch.tensor([1.0, growth(self._rule.half_life)], dtype=torch.float64)
+        pair = (1.0 - FADING, FADING) if self._rule.name == "learned" else (1.0, growth(self._rule.half_life))
+        self._counts[:, -2:] = torch.tensor(pair, dtype=torch.float64)
         for layer, hot in enumerate(self._rule.hot):
             self._stamps[layer, list(hot)] = 1
         self._stop.fill_(1)
@@ -172,12 +174,12 @@ class DeviceCache:
         self._kernel("cache.cu", "lookup")(
             1, 32, chosen, chosen.numel(), self._buffers[layer], self._stamps[layer], self._counts[layer],
             self._state[layer], uses, pool.ring, pool.state, len(pool.ring), self._guesses[layer],
-            self._stop[layer : layer + 1], jobs, job_count, places, *lists,
+            self._stop[layer : layer + 1], jobs, job_count, places, *lists, self._scores[layer],
         )  # fmt: skip
 
     def judge(self, layer: int, scores: Tensor) -> None:
         """How soon each expert [E] of a layer will be used again, the greater the sooner; before `find` and `warm`."""
-        self._counts[layer, : scores.shape[0]].copy_(scores)
+        self._scores[layer] = scores  # read where it lies: a copy would be one more launch
 
     def copy(self, layer: int, half: int) -> None:
         """Copy gate and up (`half` 0) or down (1, right behind 0) of what `find` missed, in the current stream."""

@@ -14,12 +14,14 @@ from moeflow.schema.profile import HALF_LIFE, Policy
 
 __all__ = [
     "CachePolicy",
+    "FADING",
     "LearnedPolicy",
     "LfuPolicy",
     "LruPolicy",
     "MixPolicy",
     "POLICIES",
     "RESCALE",
+    "SHARE",
     "Rule",
     "StaticPolicy",
     "growth",
@@ -28,6 +30,8 @@ __all__ = [
 POLICIES: tuple[str, ...] = tuple(name for name in get_args(Policy) if name != "learned")
 """Those that routes alone decide; `learned` needs hidden states."""
 RESCALE = 2.0**32  # of a mix's weights; cache.cu's
+FADING = 2.0 ** (-1 / 64)  # of the shares of use that learned scores are added to, per step
+SHARE = 0.5  # what such a share counts; cache.cu's
 
 
 class CachePolicy(Protocol):
@@ -174,35 +178,43 @@ class StaticPolicy:
 class LearnedPolicy:
     """Whoever scores least leaves; scores come from outside, before each step, and say who will be used again soon.
 
-    What comes in may leave at once. Of equal scores the lower expert id leaves. Before the first scores all are equal.
+    To a score, half of the expert's share of the last steps is added, of a half life of 64: what a map fitted to one
+    text knows less well than the cache itself (docs/predictors.md has what it brings). What comes in may leave at once.
+    Of equal sums the lower expert id leaves. Each operation is one of the device's kernel, so that both decide alike.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self._scores: Sequence[float] = ()
+        self._shares: dict[int, float] = {}
         self._kept: set[int] = set()
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._kept
 
     def judge(self, scores: Sequence[float]) -> None:
-        """Take the scores of all experts of the layer."""
+        """A step begins; take the scores of all experts of the layer."""
         self._scores = scores
+        self._shares = {expert: share * FADING for expert, share in self._shares.items()}
 
     def touch(self, expert: int) -> None:
-        """Use changes nothing that the scores do not say."""
+        """Note the use of a kept expert."""
+        self._shares[expert] = self._shares.get(expert, 0.0) + (1.0 - FADING)
 
     def admit(self, expert: int) -> int | None:
         """Keep `expert` and return who leaves, `expert` itself if it scores least."""
+        self.touch(expert)
         if self.capacity == 0:
             return expert
         self._kept.add(expert)
         if len(self._kept) <= self.capacity:
             return None
-        scores = self._scores
-        victim = min(self._kept, key=lambda e: (scores[e] if scores else 0.0, e))
+        victim = min(self._kept, key=lambda e: (self._worth(e), e))
         self._kept.remove(victim)
         return victim
+
+    def _worth(self, expert: int) -> float:
+        return (self._scores[expert] if self._scores else 0.0) + SHARE * self._shares.get(expert, 0.0)
 
 
 def growth(half_life: float) -> float:

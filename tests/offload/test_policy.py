@@ -259,7 +259,7 @@ def test_fame_never_runs_out_of_numbers() -> None:
 
 
 def test_an_unknown_policy_lists_the_known_ones() -> None:
-    with pytest.raises(DocumentError, match="unknown cache policy 'fifo'; known: lfu, lru, mix, static"):
+    with pytest.raises(DocumentError, match="unknown cache policy 'fifo'; known: learned, lfu, lru, mix, static"):
         Rule("fifo").make(0, 2)
 
 

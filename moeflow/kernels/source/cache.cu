@@ -7,7 +7,8 @@
 //
 // EXPERTS: of a layer. GUESSES: at most so many copies on a guess per layer. WARPS: of the copy kernels. The policy: LFU, 1 for
 // the least frequently used with ageing every PERIOD uses; MIX, 1 for the least sum of uses weighed by age; STATIC, 1 for a
-// fixed set; LEARNED, 1 for the least of scores that come from outside; none of them for the least recently used.
+// fixed set; LEARNED, 1 for the least of scores that come from outside and half the share of late uses; none of them for the
+// least recently used.
 #include "primitives.cuh"
 
 #ifndef LFU
@@ -38,7 +39,13 @@ __shared__ int stamp[EXPERTS];
 __shared__ double count[EXPERTS];
 #if MIX
 constexpr double RESCALE = 4294967296.;
-__shared__ double weight, growth;    // of the next use; of each use over the one before
+#endif
+#if MIX || LEARNED
+__shared__ double weight, growth;    // of the next use; by which weights grow with each, or shares fade with each step
+#endif
+#if LEARNED
+constexpr double SHARE = 0.5;
+__shared__ double worth[EXPERTS];    // scores
 #endif
 __shared__ int needed[EXPERTS];
 __shared__ int guess_of[EXPERTS];    // index of the guess that brought it, else -1
@@ -72,8 +79,10 @@ __device__ __forceinline__ void note(int expert, int* layer, int lane) {
         count[expert] += 1.;
         layer[USES] += 1;
 #endif
-#if MIX
+#if MIX || LEARNED
         count[expert] = __dadd_rn(count[expert], weight);
+#endif
+#if MIX
         weight = __dmul_rn(weight, growth);
 #endif
     }
@@ -95,6 +104,15 @@ __device__ __forceinline__ void note(int expert, int* layer, int lane) {
 #endif
 }
 
+// What an expert is kept for.
+__device__ __forceinline__ double value(int expert) {
+#if LEARNED
+    return __dadd_rn(worth[expert], SHARE * count[expert]);
+#else
+    return SCORED ? count[expert] : 0.;
+#endif
+}
+
 // Who leaves: the least stamp, or the least count or score and among equals the least stamp; of scores that come from
 // outside, the lower expert.
 __device__ __forceinline__ int victim(int lane) {
@@ -102,7 +120,7 @@ __device__ __forceinline__ int victim(int lane) {
     int oldest = 0x7FFFFFFF, who = -1;
     for (int e = lane; e < EXPERTS; e += 32) {
         if (buffer_of[e] < 0) continue;
-        const double c = SCORED ? count[e] : 0.;
+        const double c = value(e);
         const int age = LEARNED ? e : stamp[e];
         if (c < least || (c == least && age < oldest)) { least = c; oldest = age; who = e; }
     }
@@ -140,7 +158,7 @@ __device__ void admit(int expert, int buffer, int* layer, const Ring& ring, int 
     const int leaves = full ? victim(lane) : -1;
     __syncwarp(0xFFFFFFFFu);
 #if LEARNED
-    if (full && (count[expert] < count[leaves] || (count[expert] == count[leaves] && expert < leaves))) {
+    if (full && (value(expert) < value(leaves) || (value(expert) == value(leaves) && expert < leaves))) {
         if (lane == 0) give(ring, buffer);   // nobody kept scores less than the newcomer
         __syncwarp(0xFFFFFFFFu);
         return;
@@ -182,10 +200,11 @@ __device__ void group(const long long* chosen, int n, int* found, int* starts, i
     for (int i = distinct + lane; i <= n; i += 32) starts[i] = n;   // the others have none
 }
 
-// Looks up what the router chose for one layer.
+// Looks up what the router chose for one layer. Of LEARNED, `scores` [EXPERTS] say how soon each will be used again, counts are
+// shares of late uses, and behind them lie what a use weighs and by what shares fade with each lookup.
 //   chosen [n]: expert ids, token by token
 //   buffers, stamps [EXPERTS], layer [STATE], counters [4]: the layer's tables
-//   counts [EXPERTS + 2]: counts or scores, those from outside only read; of a mix, also the weight of the next use, and the factor by which it grows
+//   counts [EXPERTS + 2]: counts or scores; of a mix, also the weight of the next use, and the factor by which it grows
 //   ring, ring_state, ring_capacity: free buffers of the layer's blob size
 //   guesses [GUESSES, 2]: expert and buffer of each guess that was started for this layer, -1 where none; cleared
 //   stop [1]: raised, so that a guess still being copied gives way
@@ -195,7 +214,7 @@ __device__ void group(const long long* chosen, int n, int* found, int* starts, i
 extern "C" __global__ void __launch_bounds__(32)
 lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double* counts, int* layer_, long long* counters,
        int* ring_buffers, int* ring_state, long long ring_capacity, int* guesses, int* stop, int* jobs, int* job_count,
-       int* places, int* found, int* starts, int* lists) {
+       int* places, int* found, int* starts, int* lists, const float* scores) {
     let_next_begin();
     wait_for_previous();
     const int lane = threadIdx.x, n = (int)n_;
@@ -210,11 +229,15 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
         buffer_of[e] = buffers[e];
         stamp[e] = stamps[e];
         if (SCORED) count[e] = counts[e];
+#if LEARNED
+        count[e] = __dmul_rn(count[e], counts[EXPERTS + 1]);
+        worth[e] = scores ? (double)scores[e] : 0.;
+#endif
         needed[e] = 0;
         guess_of[e] = -1;
         place[e] = -1;
     }
-#if MIX
+#if MIX || LEARNED
     if (lane == 0) {
         weight = counts[EXPERTS];
         growth = counts[EXPERTS + 1];
@@ -270,7 +293,7 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
     for (int e = lane; e < EXPERTS; e += 32) {
         buffers[e] = buffer_of[e];
         stamps[e] = stamp[e];
-        if (SCORED && !LEARNED) counts[e] = count[e];
+        if (SCORED) counts[e] = count[e];
     }
 #if MIX
     if (lane == 0) counts[EXPERTS] = weight;
