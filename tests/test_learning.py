@@ -16,10 +16,11 @@ from moeflow.artifact.reader import Artifact
 from moeflow.engine import Engine
 from moeflow.errors import ArtifactError, UsageError
 from moeflow.learning.fitting import RIDGE, fit
-from moeflow.learning.judgement import scores_of
+from moeflow.learning.judgement import Judge, scores_of
 from moeflow.learning.moments import TAIL, Moments
 from moeflow.learning.training import train_predictor
 from moeflow.offload.policy import LearnedPolicy
+from moeflow.offload.predictor import next_gate
 from moeflow.planning.ranking import scored_hits
 from moeflow.schema import PredictorCard
 
@@ -132,6 +133,40 @@ def test_a_policy_without_scores_keeps_who_is_used_most() -> None:
         for expert in used:
             policy.touch(expert) if expert in policy else policy.admit(expert)
     assert 0 in policy and 1 in policy
+
+
+def test_recalls_are_shares_of_uses_over_all_tokens_of_the_layers_that_can_be_guessed() -> None:
+    """By hand, in passes of different lengths; no layer is guessed three ahead but by the first."""
+    seed, layers, depth = random.randrange(1 << 32), 4, 3
+    print("seed", seed)
+    draw = torch.Generator().manual_seed(seed)
+    own = torch.randn(depth, layers, EXPERTS, HIDDEN + 1, generator=draw)
+    asked = torch.randn(layers, EXPERTS, HIDDEN, generator=draw)
+    guess = [[own[ahead, n] if n > ahead else None for n in range(layers)] for ahead in range(depth)]
+    routers = [lambda x, gate=gate: (x @ gate.T).argsort(-1, descending=True) for gate in asked]
+    judge = Judge(Matrices(guess, list(own[0])), next_gate(routers, depth), range(1, EXPERTS + 1))
+    states = torch.randn(60, layers, HIDDEN, generator=draw)
+    index = torch.rand(60, layers, EXPERTS, generator=draw).topk(TOP_K, dim=-1).indices
+    for rows in (slice(0, 48), slice(48, 60)):
+        for layer in range(layers):
+            judge.note(layer, states[rows, layer], index[rows, layer], index[rows, layer].float())
+        judge.end(rows.stop - rows.start)
+    x, used = states.numpy(), index.numpy()
+    np.testing.assert_array_equal(judge.routes(), used)
+    recalls = {(r.depth, r.fetched): r for r in judge.recalls()}
+    assert len(recalls) == depth * EXPERTS
+    for (ahead, fetched), recall in recalls.items():
+        right = {"learned": 0, "gate": 0}
+        for layer in range(layers - ahead):
+            mine, gate = own[ahead - 1, layer + ahead].numpy(), asked[layer + ahead].numpy()
+            said = {"learned": x[:, layer] @ mine[:, :-1].T + mine[:, -1], "gate": x[:, layer] @ gate.T}
+            for who, scores in said.items():
+                for token, row in enumerate(np.argsort(-scores, axis=1)[:, :fetched]):
+                    right[who] += len({*row.tolist()} & {*used[token, layer + ahead].tolist()})
+        uses = 60 * (layers - ahead) * TOP_K
+        assert recall.learned == pytest.approx(right["learned"] / uses, abs=1e-4)
+        assert recall.gate == pytest.approx(right["gate"] / uses, abs=1e-4)
+    assert recalls[3, EXPERTS].learned == recalls[3, EXPERTS].gate == 1
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from torch import Tensor
 from moeflow.artifact.predictors import Matrices
 from moeflow.learning.moments import uses
 from moeflow.offload.predictor import Guesser
+from moeflow.offload.trace import Routes
 from moeflow.planning.ranking import scored_hits
-from moeflow.planning.simulator import hit_rates
+from moeflow.planning.simulator import OPTIMUM, hit_rates
 from moeflow.schema import Recall, ReuseHits
 
 __all__ = ["Judge", "scores_of"]
@@ -40,7 +41,8 @@ class Judge:
     def __init__(self, matrices: Matrices, gate: Guesser | None, fetched: Sequence[int]):
         self._matrices, self._gate, self._fetched = matrices, gate, fetched
         self._said: dict[tuple[str, int, int], Tensor] = {}  # who, depth, layer -> ids [T, n]
-        self._right: dict[tuple[str, int, int], list[Tensor]] = {}  # who, depth, fetched -> shares
+        self._right: dict[tuple[str, int], Tensor] = {}  # who, depth -> uses [n] among the first 1 to n guesses
+        self._uses: dict[tuple[str, int], int] = {}
         self._routes: list[list[Any]] = []
         self._scores: list[list[Any]] = []
         self._pass: tuple[list[Any], list[Any]] = ([], [])
@@ -54,10 +56,9 @@ class Judge:
         used = uses(index, keep.shape[0])
         for (who, ahead, target), ids in list(self._said.items()):
             if target == layer:
-                right = used.gather(1, ids)
-                for count in self._fetched:
-                    share = right[:, :count].sum(1).mean() / index.shape[1]
-                    self._right.setdefault((who, ahead, count), []).append(share)
+                right = used.gather(1, ids).sum(0, dtype=torch.float64).cumsum(0)
+                self._right[who, ahead] = self._right.get((who, ahead), 0) + right
+                self._uses[who, ahead] = self._uses.get((who, ahead), 0) + index.numel()
                 del self._said[who, ahead, target]
         most = max(self._fetched)
         for ahead, row in enumerate(matrices.guess, start=1):
@@ -78,30 +79,32 @@ class Judge:
 
     def recalls(self) -> tuple[Recall, ...]:
         """By depth, then by number of guesses."""
-        found = {key: float(torch.stack(shares).mean()) for key, shares in self._right.items()}
         return tuple(
-            Recall(
-                depth=ahead,
-                fetched=count,
-                learned=round(found["learned", ahead, count], 4),
-                gate=round(found["gate", ahead, count], 4) if ("gate", ahead, count) in found else None,
-            )
+            Recall(depth=ahead, fetched=count, learned=learned, gate=self._recall("gate", ahead, count))
             for ahead in range(1, len(self._matrices.guess) + 1)
             for count in self._fetched
-            if ("learned", ahead, count) in found
+            if (learned := self._recall("learned", ahead, count)) is not None
         )
+
+    def _recall(self, who: str, ahead: int, count: int) -> float | None:
+        """Over all tokens of the layers that can be guessed so far ahead; None where none was."""
+        if (who, ahead) not in self._right:
+            return None
+        return round(float(self._right[who, ahead][count - 1]) / self._uses[who, ahead], 4)
+
+    def routes(self) -> Routes:
+        """The experts used, int16 [T, L, K]."""
+        return np.concatenate([np.stack(layers, axis=1) for layers in self._routes])
 
     def hits(self, ks: Sequence[int]) -> tuple[ReuseHits, ...]:
         """At these numbers of slots a layer; layers of different numbers of experts are not replayed."""
         experts = {matrix.shape[0] for matrix in self._matrices.keep}
         if len(experts) > 1 or not self._routes:
             return ()
-        routes = np.concatenate([np.stack(layers, axis=1) for layers in self._routes])  # [T, L, K]
+        routes = self.routes()
         scores = np.concatenate([np.stack(layers, axis=1) for layers in self._scores])  # [T, L, E]
         (count,) = experts
-        found = []
-        for k in ks:
-            learned = scored_hits(routes, scores, k).sum() / routes.size
-            lru, best = (float(hit_rates(routes, count, policy, [k]).mean()) for policy in ("lru", "optimum"))
-            found.append(ReuseHits(k=k, lru=round(lru, 4), learned=round(float(learned), 4), optimum=round(best, 4)))
-        return tuple(found)
+        learned = [scored_hits(routes, scores, k).sum() / routes.size for k in ks]
+        lru, best = (hit_rates(routes, count, policy, ks).mean(axis=0) for policy in ("lru", OPTIMUM))
+        rows = zip(ks, np.round(lru, 4), np.round(learned, 4), np.round(best, 4), strict=True)
+        return tuple(ReuseHits(k=k, lru=float(a), learned=float(b), optimum=float(c)) for k, a, b, c in rows)

@@ -6,6 +6,7 @@ to judge, who can name another text. It writes no file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from moeflow.schema import PredictorCard
 if TYPE_CHECKING:
     from moeflow.engine import Engine
 
-__all__ = ["DEPTH", "HELD_OUT", "LEAST", "REUSE", "train_predictor"]
+__all__ = ["DEPTH", "HELD_OUT", "LEAST", "REUSE", "judged", "train_predictor"]
 
 DEPTH = 2
 REUSE = 0.7
@@ -62,8 +63,6 @@ def train_predictor(
     Raises:
         UsageError: the text is too short, a number is out of range, or the engine was loaded to record nothing.
     """
-    if engine.recorder is None:
-        raise UsageError("this engine observes nothing; load the artifact with record_routes=True")
     if depth < 1 or not 0 <= reuse < 1 or not 0 < held_out < 1:
         raise UsageError(f"depth {depth}, reuse {reuse}, held-out {held_out}: 1 or more, 0 to below 1, between 0 and 1")
     ids = text_ids(engine, text, tokens)
@@ -80,8 +79,7 @@ def train_predictor(
     moments = Moments(experts, hidden, depth, reuse, _place(engine, hidden), _gates(engine))
     _read(engine, ids[:first], moments, "reading", progress)
     fitted = fit(moments, progress)
-    judge = Judge(_on(fitted, engine.device), _gate(engine, depth, fetched := _fetched(engine)), fetched)
-    _read(engine, ids[first:], judge, "judging", progress)
+    judge = judged(engine, fitted, ids[first:], _fetched(engine), progress)
     source = engine.artifact.manifest.model.source
     card = PredictorCard(
         model=Path(source).name if Path(source).is_absolute() else source,
@@ -98,8 +96,29 @@ def train_predictor(
     return card, fitted
 
 
-def _read(engine: Engine, ids: list[int], listener: Recorder, what: str, progress: Progress) -> None:
-    assert engine.recorder is not None
+def judged(
+    engine: Engine, matrices: Matrices, ids: Sequence[int], fetched: Sequence[int], progress: Progress = silent
+) -> Judge:
+    """How well maps do on tokens, beside the coming layers' own routers.
+
+    Args:
+        engine: loaded with `record_routes=True`.
+        matrices: of its model.
+        ids: that they were not fitted to.
+        fetched: numbers of guesses, none more than a layer has experts.
+        progress: told of tokens.
+
+    Raises:
+        UsageError: the engine was loaded to record nothing.
+    """
+    judge = Judge(_on(matrices, engine.device), _gate(engine, len(matrices.guess), max(fetched)), fetched)
+    _read(engine, ids, judge, "judging", progress)
+    return judge
+
+
+def _read(engine: Engine, ids: Sequence[int], listener: Recorder, what: str, progress: Progress) -> None:
+    if engine.recorder is None:
+        raise UsageError("this engine observes nothing; load the artifact with record_routes=True")
     engine.recorder.listener = listener
     try:
         progress(what, 0, len(ids))
@@ -129,9 +148,9 @@ def _gates(engine: Engine) -> list[Gate | None]:
     return found
 
 
-def _gate(engine: Engine, depth: int, fetched: tuple[int, ...]) -> Guesser | None:
+def _gate(engine: Engine, depth: int, experts: int) -> Guesser | None:
     dtype = getattr(torch, engine.plan.dtype)
-    routers = find_routers(engine.model, engine.artifact.manifest.layers, max(fetched), dtype)
+    routers = find_routers(engine.model, engine.artifact.manifest.layers, experts, dtype)
     return next_gate(routers, depth) if routers else None
 
 

@@ -40,15 +40,26 @@ def _guesser(model: nn.Module, layer: ExpertLayer, experts: int, dtype: torch.dt
     width = next((p.shape[-1] for p in router.parameters() if p.dim() == 2), 0)
     device = next(router.parameters()).device
     arguments = _arguments(router, block)
-    for way in (_chosen(_asked_for(router, experts), experts, arguments), _highest(router, layer, experts, arguments)):
+    asked = experts - 1 if experts == layer.experts > 1 else experts
+    for way in (_chosen(_asked_for(router, asked), asked, arguments), _highest(router, layer, asked, arguments)):
         try:
             with torch.inference_mode():
                 ids = way(torch.zeros(1, width, device=device, dtype=dtype))
         except Exception:  # a router may refuse in any way; the next way is tried
             continue
-        if tuple(ids.shape) == (1, experts) and 0 <= int(ids.min()) <= int(ids.max()) < layer.experts:
-            return way
+        if tuple(ids.shape) == (1, asked) and 0 <= int(ids.min()) <= int(ids.max()) < layer.experts:
+            return way if asked == experts else _completed(way, layer.experts)
     return None
+
+
+def _completed(way: Router, experts: int) -> Router:
+    """All experts, the one that `way` leaves out last: of all, weights and scores have one shape."""
+
+    def choose(hidden_states: Tensor) -> Tensor:
+        ids = way(hidden_states)
+        return torch.cat([ids, experts * (experts - 1) // 2 - ids.sum(-1, keepdim=True)], dim=-1)
+
+    return choose
 
 
 def _arguments(router: Any, block: nn.Module) -> dict[str, Any]:

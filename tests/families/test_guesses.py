@@ -47,6 +47,22 @@ def test_any_number_of_experts_can_be_guessed(
         assert engine.traffic.guesses_used > 0
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_of_all_experts_those_that_are_chosen_come_first(
+    checkpoint_factory: Callable[..., Path], packed: Callable[..., Path], family: str
+) -> None:
+    with moeflow.load(packed(checkpoint_factory(family, layers=3), NONE), experts_per_layer=3) as engine:
+        layers = engine.artifact.manifest.layers
+        few, most = (find_routers(engine._model, layers, n, torch.float32) for n in (2, layers[0].experts))
+        assert few is not None and most is not None
+        hidden = torch.randn(30, engine._model.config.hidden_size)
+        with torch.inference_mode():
+            for two, all_of_them in zip(few, most, strict=True):
+                ranked = all_of_them(hidden)
+                assert torch.equal(ranked[:, :2], two(hidden))
+                assert torch.equal(ranked.sort(-1).values, torch.arange(ranked.shape[1]).expand_as(ranked))
+
+
 class _Block(nn.Module):
     def __init__(self, gate: nn.Module):
         super().__init__()
