@@ -8,14 +8,12 @@ weights, whose layers are counted and whose products are known. Nothing here run
 from __future__ import annotations
 
 import importlib
-import multiprocessing
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +22,8 @@ from moeflow.artifact.architectures import architecture
 from moeflow.artifact.layout import expert_layout
 from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.bench import Settings, run_rows
-from moeflow.kernels.compiler import Defines, cached_cubin
 from moeflow.kernels.gemv import Gemv, Jobs, Prepared
-from moeflow.kernels.launcher import CudaLauncher, Kernel, Launcher, cuda_launcher
+from moeflow.kernels.launcher import CudaLauncher, cuda_launcher
 from moeflow.planning.rates import DENSE, PER_EXPERT, format_of
 from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.cuda import event_timer
@@ -59,7 +56,7 @@ QUANTIZATION = {
 DEPTHS = (8, 24)  # layers of the two models: with fewer, the host's own work would be what is timed
 RATE_STEP = 1_000_000_000  # bytes a second; finer digits differ from run to run
 LEAST = 1e-7  # seconds of a latency, which noise may turn negative
-COMPILERS = 8  # processes: in threads of one, NVRTC compiles 35 kernels one after the other, 14 s
+COMPILERS = 4  # threads; on a machine that compiles its first kernels, 35 of them took 15 s one after the other
 SMALL_MODEL = "transformers.models.mixtral.modeling_mixtral"  # 9 s to import where the disk is cold, so imported beside
 
 
@@ -100,7 +97,7 @@ def product_times(
 
 
 def _products(
-    launcher: Launcher, layout: BlobLayout, top_k: int, sets: int
+    launcher: CudaLauncher, layout: BlobLayout, top_k: int, sets: int
 ) -> Iterator[tuple[int, Callable[[], list[torch.Tensor]]]]:
     """Bytes of each matrix, and what multiplies `top_k` of them `sets` times, other ones each time."""
     device = torch.device("cuda")
@@ -117,31 +114,16 @@ def _multiply(gemv: Gemv, x: Prepared, jobs: Sequence[Jobs]) -> list[torch.Tenso
     return [gemv.multiply(x, each) for each in jobs]
 
 
-class _Wishes:
-    """A launcher that runs nothing and takes note of what would be compiled."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[str, tuple[tuple[str, int | str], ...]], None] = {}
-
-    def kernel(self, source: str, _name: str, defines: Defines = MappingProxyType({})) -> Kernel:
-        """As `Launcher.kernel`."""
-        self.found[source, tuple(sorted(defines.items()))] = None
-        return lambda *_: None
-
-
 def _compile(launcher: CudaLauncher) -> None:
-    """Make every kernel of the products ready, several at once, and what the small models need of transformers."""
-    wishes = _Wishes()
-    for scheme in SCHEMES:
-        for hidden, intermediate, top_k in SHAPES.values():
-            layout = expert_layout(hidden, intermediate, scheme, "bfloat16")
-            for _, work in _products(wishes, layout, top_k, 1):
-                work()
-    workers = min(COMPILERS, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        # Into the cache on the disk; where there is none, `launcher` compiles them one by one.
-        waits = [pool.submit(cached_cubin, source, dict(macros), launcher.arch) for source, macros in wishes.found]
-        importlib.import_module(SMALL_MODEL)
+    """Make every kernel of the products ready, several at once: the compiler works without Python's lock."""
+
+    def once(scheme: Scheme, hidden: int, intermediate: int, top_k: int) -> None:
+        for _, work in _products(launcher, expert_layout(hidden, intermediate, scheme, "bfloat16"), top_k, 1):
+            work()
+
+    with ThreadPoolExecutor(COMPILERS + 1) as pool:
+        waits: list[Future[Any]] = [pool.submit(importlib.import_module, SMALL_MODEL)]
+        waits += [pool.submit(once, scheme, *shape) for scheme in SCHEMES for shape in SHAPES.values()]
         for each in waits:
             each.result()
 
