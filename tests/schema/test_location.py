@@ -57,7 +57,7 @@ def _faults(document: type[Profile | HardwareProfile | Plan], data: Any) -> list
          "memory.vrm: unknown key; did you mean vram? known: vram, ram, disk"),
         ({"context": 5}, f"context: unknown key; did you mean context_length? known: {KEYS}"),
         ({"zzz": 5}, f"zzz: unknown key; known: {KEYS}"),
-        ({"cache": {"policy": "fifo"}}, "cache.policy is fifo; it supports lru, lfu, mix, static"),
+        ({"cache": {"policy": "fifo"}}, "cache.policy is fifo; it supports lru, lfu, mix, static, learned"),
         ({"cache": {"experts_per_layer": -1}},
          "cache.experts_per_layer is -1; expected a whole number, 0 or more, or auto"),
         ({"memory": {"vram": "lots"}}, "memory.vram is lots; expected a size such as 11GiB or 512 MiB, or auto"),
