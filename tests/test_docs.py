@@ -71,5 +71,5 @@ def test_links_and_files_named_in_pages_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_in_pages_exist(page: Path) -> None:
     names = set(typer.main.get_command(cli.app).commands)
-    for name in re.findall(r"(?:`|^ {4})moeflow ([a-z]+)", page.read_text(), flags=re.MULTILINE):
+    for name in re.findall(r"(?:`|^ {4})moeflow ([a-z]+(?:-[a-z]+)*)", page.read_text(), flags=re.MULTILINE):
         assert name in names, f"{page.name}: moeflow {name}"
