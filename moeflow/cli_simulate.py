@@ -104,6 +104,8 @@ def _fits(
     from moeflow.schema.profile import HALF_LIFE
 
     for name in names:
+        if name == "learned":
+            raise UsageError("routes have no hidden states, by which learned decides; train-predictor prints its hits")
         if name not in POLICIES:
             raise UsageError(unknown("cache policy", name, POLICIES))
     if half_lives and "mix" not in names:
