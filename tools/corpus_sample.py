@@ -2,7 +2,8 @@
 
 What: `python tools/corpus_sample.py corpus heldout --bytes 3000 > sample.txt` takes the middle document of each
 source, or --documents spaced evenly over it, and whole lines from the middle of each, 3,000 bytes together. Pieces are
-joined as the models saw documents in training, by the end token alone.
+joined as the models saw documents in training, by the end token alone. `--besides 1` leaves out the documents that
+--documents 1 takes and draws from the others: a second sample that shares no document with the first.
 Why so: sources differ in size by thirty, the first tokens of the stream are all Bible, and the first lines of
 programs are licences that training text has too.
 What it does not do: draw by chance, or weigh sources as the corpus does.
@@ -38,17 +39,24 @@ def middle(text: str, most: int) -> str:
     return whole if 2 * len(whole) > len(cut) else cut
 
 
-def sample(corpus: Path, part: str, size: int, documents: int) -> str:
-    """The text; a source whose documents are short gives less than `size` bytes."""
+def spaced(count: int, number: int) -> list[int]:
+    """Places of `number` documents spaced evenly over `count`, of all if there are fewer."""
+    number = min(number, count)
+    return [count * (2 * i + 1) // (2 * number) for i in range(number)]
+
+
+def sample(corpus: Path, part: str, size: int, documents: int, besides: int = 0) -> str:
+    """The text; a source whose documents are short gives less than `size` bytes, one with none left gives none."""
     texts = (corpus / f"{part}.txt").read_text(encoding="utf-8").split(f"\n{END}\n")
     own = counts(corpus, part)
     if sum(own) != len(texts):
         raise SystemExit(f"{corpus}: {part}.txt has {len(texts)} documents, the corpus's records say {sum(own)}")
     pieces, start = [], 0
     for count in own:
-        number = min(documents, count)
-        drawn = [texts[start + count * (2 * i + 1) // (2 * number)] for i in range(number)]
-        pieces += [middle(text, size // number) for text in drawn]
+        taken = spaced(count, besides)
+        left = [texts[start + i] for i in range(count) if i not in taken]
+        drawn = [left[i] for i in spaced(len(left), documents)]
+        pieces += [middle(text, size // len(drawn)) for text in drawn]
         start += count
     return END.join(pieces)
 
@@ -59,8 +67,9 @@ def main() -> None:
     parser.add_argument("part", choices=("train", "heldout"))
     parser.add_argument("--bytes", type=int, required=True, help="of each source, at most")
     parser.add_argument("--documents", type=int, default=1, help="of each source")
+    parser.add_argument("--besides", type=int, default=0, help="leave out what so many --documents would take")
     options = parser.parse_args()
-    sys.stdout.write(sample(options.corpus, options.part, options.bytes, options.documents))
+    sys.stdout.write(sample(options.corpus, options.part, options.bytes, options.documents, options.besides))
 
 
 if __name__ == "__main__":
