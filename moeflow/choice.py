@@ -23,12 +23,10 @@ from moeflow.planning.blobs import Blobs
 from moeflow.planning.standin import schemes_of
 from moeflow.progress import Progress, silent
 from moeflow.schema import AutoBits, BitChoice, MeasuredText, Scheme, Sensitivity
+from moeflow.schema.auto import TOKENS
 from moeflow.text import TextCodec
 
-__all__ = ["TOKENS", "Request", "choose", "measured_for", "without_paths", "of_profile", "record"]
-
-TOKENS = 4096
-"""Of a text's beginning, on which outputs are measured."""
+__all__ = ["Request", "choose", "measured_for", "without_paths", "of_profile", "record"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,14 @@ class Request:
     """Errors of outputs on its beginning; without, of weights."""
     trace: Path | None = None
     """Weighs errors of weights."""
+    tokens: int = TOKENS
+    """Of the text's beginning."""
 
 
 def of_profile(asked: AutoBits) -> Request:
     """What `bits: auto` asks."""
     text, trace = (Path(path) if path is not None else None for path in (asked.text, asked.trace))
-    return Request(asked.budget, schemes_of(asked), asked.units == "layers", text, trace)
+    return Request(asked.budget, schemes_of(asked), asked.units == "layers", text, trace, asked.tokens)
 
 
 def choose(
@@ -76,7 +76,7 @@ def choose(
         routes = load_trace(request.trace)
         routes.require(len(blobs.layers), blobs.experts, checkpoint.top_k, str(request.trace))
         weights, tokens = importance(routes), len(routes.routes)
-    errors = _sensitivity(checkpoint, model, blobs.schemes, request.text, table, progress)
+    errors = _sensitivity(checkpoint, model, blobs.schemes, request, table, progress)
     if request.text is not None:
         weights = layers_alike(errors)
     return allot(blobs, errors, request.budget, weights, tokens, request.by_layer), errors
@@ -86,12 +86,12 @@ def _sensitivity(
     checkpoint: Checkpoint,
     model: str,
     schemes: Sequence[Scheme],
-    text: Path | None,
+    request: Request,
     table: Path | None,
     progress: Progress,
 ) -> Sensitivity:
     """The errors under these schemes: what the file has of them, the rest measured and, with a file, added to it."""
-    ids, about = _read(checkpoint, text) if text is not None else ([], None)
+    ids, about = _read(checkpoint, request.text, request.tokens) if request.text is not None else ([], None)
     known = Sensitivity.load(table) if table is not None and table.is_file() else None
     if known is not None:
         known.require(checkpoint.digest(), about, str(table))
@@ -121,7 +121,7 @@ def _measured(
     return measure_outputs(checkpoint, model, schemes, ids, about, progress)
 
 
-def _read(checkpoint: Checkpoint, path: Path) -> tuple[list[int], MeasuredText]:
+def _read(checkpoint: Checkpoint, path: Path, tokens: int) -> tuple[list[int], MeasuredText]:
     """The token ids of a text's beginning.
 
     Raises:
@@ -129,7 +129,7 @@ def _read(checkpoint: Checkpoint, path: Path) -> tuple[list[int], MeasuredText]:
         StorageError: it cannot be read.
         DocumentError: it is not UTF-8.
     """
-    ids = TextCodec(checkpoint.directory).encode(read_text(path))[:TOKENS]
+    ids = TextCodec(checkpoint.directory).encode(read_text(path))[:tokens]
     if not ids:
         raise UsageError(f"{path}: the text is empty; give some thousand words of what the model is to write")
     digest = hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
@@ -145,7 +145,8 @@ def measured_for(
     """
     names = [name for layer in checkpoint.layers for name in layer.tensors]
     text = None if request.text is None else read_text(request.text)
-    key = hashlib.sha256(json.dumps([checkpoint.fingerprint(names), text, __version__]).encode()).hexdigest()
+    facts = [checkpoint.fingerprint(names), text, request.tokens, __version__]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return choose(checkpoint, model, request, notes / f"sensitivity-{key[:16]}.json", progress)
 
 

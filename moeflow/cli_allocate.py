@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moeflow.errors import UsageError, unknown
+from moeflow.schema.auto import TOKENS
 
 __all__ = ["allocate"]
 
@@ -20,9 +21,9 @@ def allocate(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write.")] = Path("profile.yaml"),
     text: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 file: errors are of what experts add to its first 4,096 tokens, not of weights."),
+        Path | None, typer.Option(help="UTF-8 file: errors are of what experts add to its tokens, not of weights.")
     ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="How many of the text's first tokens.")] = TOKENS,
     trace: Annotated[
         Path | None, typer.Option(help="Recorded routes: errors of weights count by how often an expert is used.")
     ] = None,
@@ -55,10 +56,9 @@ def allocate(
         if name not in SCHEMES:
             raise UsageError(unknown("scheme", name, SCHEMES))
     schemes = [SCHEMES[name] for name in names]
+    measured: dict[str, Any] = {"text": text, "tokens": tokens, "trace": trace, "table": table}
     with progress_bar() as progress:
-        found = pipeline.allocate(
-            model, budget, schemes=schemes, text=text, trace=trace, table=table, by_layer=by_layer, progress=progress
-        )
+        found = pipeline.allocate(model, budget, schemes=schemes, **measured, by_layer=by_layer, progress=progress)
     profile, why = Profile(model=model, quantization=found.quantization), found.reasons()
     write_text(output, annotated(pipeline.seen_from(output.parent, profile), why))
     if as_json:

@@ -32,6 +32,7 @@ from moeflow.probe.machine import probe
 from moeflow.probe.match import find_hardware
 from moeflow.progress import Progress, silent
 from moeflow.schema import BitChoice, HardwareProfile, Manifest, Plan, Profile, Scheme
+from moeflow.schema.auto import TOKENS
 
 if TYPE_CHECKING:
     from moeflow.engine import Engine
@@ -123,6 +124,7 @@ def allocate(
     *,
     schemes: Sequence[Scheme] = (SCHEMES["2"], SCHEMES["3"], SCHEMES["4"]),
     text: str | Path | None = None,
+    tokens: int = TOKENS,
     trace: str | Path | None = None,
     table: str | Path | None = None,
     by_layer: bool = False,
@@ -135,6 +137,7 @@ def allocate(
         budget: bits a weight over all experts, with scales, zeros and padding.
         schemes: to choose from.
         text: a UTF-8 file; errors are of what experts add to its first tokens' hidden states, and not of weights.
+        tokens: how many.
         trace: recorded routes of the model; errors of weights count by how often an expert is used.
         table: JSON of measured errors; what it lacks is measured and added.
         by_layer: all experts of a layer alike, so that the model can run device-driven.
@@ -145,7 +148,7 @@ def allocate(
         DocumentError: trace or table are of another model, or no scheme fits its dimensions.
     """
     text, trace, table = (Path(path) if path is not None else None for path in (text, trace, table))
-    request = choice.Request(budget, tuple(schemes), by_layer, text, trace)
+    request = choice.Request(budget, tuple(schemes), by_layer, text, trace, tokens)
     return choice.choose(Checkpoint.open(resolve_model(model)), model, request, table, progress)[0]
 
 

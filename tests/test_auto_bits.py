@@ -24,7 +24,7 @@ from moeflow.output_errors import measure_outputs
 from moeflow.planning.sizes import ModelSizes
 from moeflow.planning.standin import stand_in
 from moeflow.quantization.registry import quantizer_for
-from moeflow.schema import BitChoice, HqqScheme, MeasuredText, Plan, Profile, Scheme
+from moeflow.schema import BitChoice, HqqScheme, MeasuredText, Plan, Profile, Scheme, Sensitivity
 
 Run = Callable[..., tuple[int, str, str]]
 WIDTHS: list[Scheme] = [HqqScheme(bits=2), HqqScheme(bits=3), HqqScheme(bits=4)]
@@ -200,6 +200,15 @@ def test_a_changed_text_is_measured_anew(small: str, tmp_path: Path, counted: li
         path.write_text(content)
         choice.measured_for(opened, "tiny", request, tmp_path / "notes")
     assert counted == ["measure_outputs"] * 2
+
+
+def test_so_many_tokens_are_measured_as_were_asked_for(small: str, tmp_path: Path, text: Path) -> None:
+    directory = moeflow.pack(_asked(4.0, small, text=str(text), tokens=40), tmp_path / "a")
+    made = BitChoice.load(directory / pipeline.BITS)
+    assert made.asked.tokens == 40 and made.table.text is not None and made.table.text.tokens == 40
+    more = pipeline.allocate(small, 4.0, text=text, tokens=64, table=tmp_path / "t.json")
+    assert more.blobs is not None and (found := Sensitivity.load(tmp_path / "t.json").text) is not None
+    assert found.tokens == 64
 
 
 def test_a_file_beside_the_profile_is_found(tmp_path: Path) -> None:

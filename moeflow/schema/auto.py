@@ -13,7 +13,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from moeflow.schema.base import Part
 
-__all__ = ["AutoBits", "auto_backend"]
+__all__ = ["TOKENS", "AutoBits", "auto_backend"]
+
+TOKENS = 4096  # of a text: docs/bit-allocation.md has what more of them bring
 
 
 def _is_ordered(widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -45,8 +47,10 @@ class AutoBits(Part):
     """What is chosen for as a whole: layers, whose experts are alike, so that the model can run device-driven; or
     single experts, and then it runs host-driven."""
     text: str | None = Field(default=None, exclude_if=_is_none)
-    """A UTF-8 file: errors are of what experts add to its first 4,096 tokens' hidden states; absent: of weights. A path
+    """A UTF-8 file: errors are of what experts add to its first `tokens`' hidden states; absent: of weights. A path
     that is not absolute is seen from the profile's directory."""
+    tokens: int = Field(default=TOKENS, ge=1, exclude_if=lambda count: count == TOKENS)
+    """Of the text."""
     trace: str | None = Field(default=None, exclude_if=_is_none)
     """A recorded trace, in place of a text: errors of weights count by how often an expert is used."""
 
