@@ -10,10 +10,9 @@ from __future__ import annotations
 import importlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +55,6 @@ QUANTIZATION = {
 DEPTHS = (8, 24)  # layers of the two models: with fewer, the host's own work would be what is timed
 RATE_STEP = 1_000_000_000  # bytes a second; finer digits differ from run to run
 LEAST = 1e-7  # seconds of a latency, which noise may turn negative
-COMPILERS = 4  # threads; on a machine that compiles its first kernels, 35 of them took 15 s one after the other
 SMALL_MODEL = "transformers.models.mixtral.modeling_mixtral"  # 9 s to import where the disk is cold, so imported beside
 
 
@@ -115,17 +113,18 @@ def _multiply(gemv: Gemv, x: Prepared, jobs: Sequence[Jobs]) -> list[torch.Tenso
 
 
 def _compile(launcher: CudaLauncher) -> None:
-    """Make every kernel of the products ready, several at once: the compiler works without Python's lock."""
+    """Make every kernel of the products ready, 15 s for the first time, while transformers is imported.
 
-    def once(scheme: Scheme, hidden: int, intermediate: int, top_k: int) -> None:
-        for _, work in _products(launcher, expert_layout(hidden, intermediate, scheme, "bfloat16"), top_k, 1):
-            work()
-
-    with ThreadPoolExecutor(COMPILERS + 1) as pool:
-        waits: list[Future[Any]] = [pool.submit(importlib.import_module, SMALL_MODEL)]
-        waits += [pool.submit(once, scheme, *shape) for scheme in SCHEMES for shape in SHAPES.values()]
-        for each in waits:
-            each.result()
+    More threads gain nothing: NVRTC compiles one program at a time in a process.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        imported = pool.submit(importlib.import_module, SMALL_MODEL)
+        for scheme in SCHEMES:
+            for hidden, intermediate, top_k in SHAPES.values():
+                layout = expert_layout(hidden, intermediate, scheme, "bfloat16")
+                for _, work in _products(launcher, layout, top_k, 1):
+                    work()
+        imported.result()
 
 
 def graph_seconds(work: Callable[[], object], repeats: int = 20) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from moeflow.artifact.predictors import Matrices
 from moeflow.learning.moments import uses
@@ -26,7 +27,7 @@ __all__ = ["Judge", "scores_of"]
 
 def scores_of(matrix: Tensor, hidden_states: Tensor) -> Tensor:
     """float32 [T, E] of hidden states [T, H] by a map [E, H + 1]."""
-    return torch.addmm(matrix[:, -1], hidden_states.to(matrix.dtype), matrix[:, :-1].T)
+    return linear(hidden_states.to(matrix.dtype), matrix[:, :-1], matrix[:, -1])
 
 
 class Judge:

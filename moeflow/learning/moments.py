@@ -18,7 +18,7 @@ ALIKE = 0.98
 """Of its choices, a router is taken to choose by numbers that give so many."""
 
 TAIL = 16
-"""Tokens at the end of each pass that are left out: what comes after them is not seen, and 0.5^16 of it would count."""
+"""Tokens at the end of each pass that are left out: what comes after them is not seen, and 0.7^16 of it would count."""
 
 
 def uses(index: Tensor, experts: int) -> Tensor:
