@@ -1,0 +1,50 @@
+// A packed matrix, the activations that meet it, and a share of their product: what the CPU's kernels are given.
+//
+// The formats are those of source/format.cuh, and so is the arithmetic: activations in 16-bit fixed point with a scale per
+// chunk of 16 bytes of codes, integer products summed exactly, chunks added as a warp of the GPU adds them. So AFFINE and
+// SIGNED products are the GPU's to the last bit, at every level of instructions, and whoever computes a row changes no token.
+#pragma once
+#include <cstdint>
+
+namespace moeflow {
+
+enum Kind : int32_t { AFFINE = 1, SIGNED = 2, CODEBOOK = 3 };
+
+// Instructions that a kernel may use. A machine's best is the highest that it has.
+enum Level : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, LEVELS = 4 };
+
+struct Matrix {
+    int32_t kind, bits, group, meta;
+    int64_t rows, columns;
+    int64_t words, high, scales, steps, bias;   // bytes from the start of the blob; bias: -1 for none
+};
+
+// Activations [vectors, columns] in the order in which the kernels read them.
+//
+// AFFINE, SIGNED: 16 chunks make a block, the last one filled up with zeros. Integer ((block * 4 + word) * FIELDS + field) *
+// planes + plane) * 16 + lane holds four signed bytes: those that meet field `field` of word `word` of chunk
+// 16 * block + 4 * (lane % 4) + lane / 4. Plane 0 is the high bytes, plane 1 the low ones; where planes is 1, numbers have 8
+// bits. The order of lanes is what a transposition of four vectors of words gives.
+// CODEBOOK: halves, in the order of columns.
+struct Vectors {
+    const void* numbers;
+    const float* scales;       // [vectors, chunks]
+    const float* sums;         // AFFINE: [vectors, chunks * units], integers
+    int64_t stride;            // bytes of `numbers` from one vector to the next
+    int32_t count, planes;
+};
+
+// out[v * matrix.rows + r] = row r of the matrix in `blob` times vector v, for begin <= r < end and every vector.
+struct Job {
+    const Matrix* matrix;
+    const uint8_t* blob;
+    const Vectors* vectors;
+    float* out;
+    int64_t begin, end;
+};
+
+// Which kernel multiplies; null where the format has none.
+using Multiply = void (*)(const Job&);
+Multiply multiply_for(const Matrix& matrix, int32_t planes, Level level);
+
+}   // namespace moeflow
