@@ -59,7 +59,7 @@ class ArtifactError(MoeflowError):
 
 
 class CapacityError(MoeflowError):
-    """The machine has less memory or disk than what is asked for."""
+    """The machine has less memory, less disk or fewer cores than what is asked for."""
 
     exit_code = 6
 

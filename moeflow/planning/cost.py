@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
 
+from moeflow.planning.cpu_rates import HANDSHAKE, CpuRates, computes
 from moeflow.planning.hits import Habit, hit_rates_of
 from moeflow.planning.rates import (
     DENSE,
@@ -23,7 +24,7 @@ from moeflow.planning.rates import (
     Rates,
 )
 from moeflow.planning.sizes import LayerSize, ModelSizes
-from moeflow.schema import DecodeTime, HardwareProfile, Prediction, PrefillTime
+from moeflow.schema import DecodeTime, HardwareProfile, PlannedCpu, Prediction, PrefillTime
 from moeflow.schema.profile import Execution, Strategy
 
 __all__ = ["Running", "predict", "RECALL"]
@@ -51,6 +52,19 @@ class Running:
     execution: Execution = "device"
     guessed: int = 0
     """Experts guessed per layer; 0: none."""
+    cpu: PlannedCpu | None = None
+    """The CPU's part."""
+
+    def beside(self, hardware: HardwareProfile, rates: Rates) -> CpuRates | None:
+        """Of the CPU that shares misses with the link; None where it does not."""
+        if self.cpu is None or hardware.gpu is None or self.execution == "host":
+            return None
+        return CpuRates.of(hardware, self.cpu.threads, rates.kernel_link)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the CPU computes all experts beside the device."""
+        return self.cpu is not None and self.cpu.fixed
 
 
 @dataclass
@@ -61,11 +75,18 @@ class _Token:
     launches: float = 0.0
     misses: float = 0.0
     disk: float = 0.0
+    cpu: float = 0.0
     hidden: float = 0.0
     missed: float = 0.0
     guessed: float = 0.0
     wasted: float = 0.0
+    computed: float = 0.0
     hits: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All but what is read of resident weights."""
+        return self.experts + self.launches + self.misses + self.disk + self.cpu
 
 
 def predict(
@@ -89,18 +110,26 @@ def predict(
     on_disk = any(n < layer.experts for n, layer in zip(running.ram_experts, sizes.layers, strict=True))
     if rates is None or (on_disk and rates.disk is None):
         return None
+    beside = running.beside(hardware, rates)
+    if beside and not beside.known(layer.format for layer in sizes.layers):
+        return None
     given = hits is not None
     found = _token(
         sizes, rates, hardware, running, hits if hits is not None else _assumed(sizes, running, "markov"), recall
     )
     dense = sizes.read_resident / (DENSE * rates.memory)
     decode = DecodeTime(
-        dense=dense, experts=found.experts, launches=found.launches, misses=found.misses, disk=found.disk
+        dense=dense,
+        experts=found.experts,
+        launches=found.launches,
+        misses=found.misses,
+        disk=found.disk,
+        cpu=found.cpu,
     )
     least = decode.total
     if not given:  # routes without habits, and guesses that bring nothing
         worst = _token(sizes, rates, hardware, running, _assumed(sizes, running, "uniform"), 0.5)
-        least = dense + worst.experts + worst.launches + worst.misses + worst.disk
+        least = dense + worst.seconds
     assumed = _unmeasured(sizes, hardware, rates, running)
     margin = UNMEASURED if assumed else MARGIN
     return Prediction(
@@ -111,7 +140,10 @@ def predict(
         missed_bytes=round(found.missed),
         guessed_bytes=round(found.guessed),
         wasted_bytes=round(found.wasted),
-        read_bytes=round(sizes.read_resident + sum(sizes.top_k * layer.mean_nbytes for layer in sizes.layers)),
+        read_bytes=round(
+            sizes.read_resident + sum(sizes.top_k * layer.mean_nbytes for layer in sizes.layers) - found.computed
+        ),
+        computed_bytes=round(found.computed),
         hidden=_digits(found.hidden),
         decode=decode.rounded(),
         prefill=_prefill(sizes, rates, hardware, running).rounded(),
@@ -124,10 +156,14 @@ def _unmeasured(sizes: ModelSizes, hardware: HardwareProfile, rates: Rates, runn
     found = list(rates.assumed)
     gpu = hardware.gpu
     if gpu is None:
-        return found
+        cpu = _cpu_kernels(hardware, running)
+        done = cpu and all(computes(layer) and cpu.knows([layer.format]) for layer in sizes.layers)
+        return ["the host's work for a layer, as measured on two cores of a server"] if done else found
     if running.execution == "host":
         return [*found, "the host's work for a layer, as measured on an H100 and an H200"]
     formats = {layer.format for layer in sizes.layers}
+    if beside := running.beside(hardware, rates):
+        found += beside.assumed(formats, joint=not running.alone)
     if gpu.kernels and (missing := sorted(formats - gpu.kernels.products.keys())):
         found.append(f"products with {', '.join(missing)} weights, as measured on an H100")
     if sizes.latent:
@@ -143,36 +179,54 @@ def _token(
     sizes: ModelSizes, rates: Rates, hardware: HardwareProfile, running: Running, hits: Sequence[float], recall: float
 ) -> _Token:
     total = _Token()
+    beside = running.beside(hardware, rates)
     dense = sizes.read_resident / (DENSE * rates.memory) / len(sizes.layers)
     for number, layer in enumerate(sizes.layers):
         hit = hits[number] if running.strategy in ("full", "no-prefetch") else 0.0
         total.hits += hit
-        first, second, fixed = _computing(sizes, layer, rates, hardware, running.execution)
+        share = 0.0 if beside is None else 1.0 if running.alone else beside.share(layer.format)
+        first, second, fixed = _computing(sizes, layer, rates, hardware, running, 1 - share * (1 - hit))
         total.experts += first + second
         total.launches += fixed
         if running.strategy == "naive":
             _streamed(total, layer, rates, first + second + fixed + dense)
+        elif beside and running.alone:
+            nbytes = sizes.top_k * layer.mean_nbytes
+            total.computed += nbytes
+            total.cpu += nbytes / beside.alone(layer.format) + 2 * HANDSHAKE
         else:
             guesses = running.guessed if running.strategy == "full" and number else 0
             compute = first + second + fixed + dense
             driven = running.execution == "host"
             behind = first + second if driven else first
-            _missed(total, sizes.top_k, layer, rates, hit, (behind, compute), (guesses, recall), driven)
+            link = _Link(rates, layer, beside, share)
+            _missed(total, sizes.top_k, link, hit, (behind, compute), (guesses, recall), driven)
         copied = layer.experts if running.strategy == "naive" else sizes.top_k * (1 - hit)
-        share = 1 - layer.of_first(running.ram_experts[number]) / layer.nbytes
-        total.disk += copied * layer.mean_nbytes * share / rates.disk if share and rates.disk else 0.0
+        away = 1 - layer.of_first(running.ram_experts[number]) / layer.nbytes
+        total.disk += copied * layer.mean_nbytes * away / rates.disk if away and rates.disk else 0.0
     return total
 
 
+def _cpu_kernels(hardware: HardwareProfile, running: Running) -> CpuRates | None:
+    """Of a machine without GPU whose experts they multiply; None where torch does."""
+    return CpuRates.of(hardware, running.cpu.threads, 0.0) if running.cpu and hardware.gpu is None else None
+
+
 def _computing(
-    sizes: ModelSizes, layer: LayerSize, rates: Rates, hardware: HardwareProfile, execution: Execution
+    sizes: ModelSizes, layer: LayerSize, rates: Rates, hardware: HardwareProfile, running: Running, kept: float
 ) -> tuple[float, float, float]:
-    """Seconds of a layer's two products, and of all else that does not depend on bytes."""
+    """Seconds of a layer's two products, and of all else that does not depend on bytes.
+
+    `kept` is the share of the chosen experts' bytes that the CPU does not take off the device.
+    """
     if hardware.gpu is None:
-        weights = sizes.top_k * layer.weights / (rates.cores * HOST_WEIGHTS)
-        return weights * 2 / 3, weights / 3, HOST_LAYER
-    nbytes = sizes.top_k * layer.mean_nbytes
-    if execution == "host":  # weights are unpacked in memory, then multiplied
+        seconds = sizes.top_k * layer.weights / (rates.cores * HOST_WEIGHTS)
+        cpu = _cpu_kernels(hardware, running)
+        if cpu and computes(layer) and cpu.knows([layer.format]):
+            seconds = sizes.top_k * layer.mean_nbytes / cpu.alone(layer.format)
+        return seconds * 2 / 3, seconds / 3, HOST_LAYER
+    nbytes = kept * sizes.top_k * layer.mean_nbytes
+    if running.execution == "host":  # weights are unpacked in memory, then multiplied
         seconds = (nbytes + DRIVEN_UNPACK * sizes.top_k * layer.weights) / rates.memory
         return seconds * 2 / 3, seconds / 3, DRIVEN_LAYER
     first = rates.product(layer.format, nbytes * 2 / 3)
@@ -183,11 +237,26 @@ def _computing(
     )
 
 
+@dataclass(frozen=True)
+class _Link:
+    """What brings a layer's missing bytes: copies, beside the CPU that computes a share of them where it shares."""
+
+    rates: Rates
+    layer: LayerSize
+    beside: CpuRates | None
+    share: float
+
+    def seconds(self, nbytes: float) -> float:
+        """Until all of `nbytes` are there or computed."""
+        if self.beside is None:
+            return self.rates.copies(nbytes, self.layer.mean_nbytes)
+        return nbytes / sum(self.beside.beside(self.layer.format))
+
+
 def _missed(
     total: _Token,
     top_k: int,
-    layer: LayerSize,
-    rates: Rates,
+    link: _Link,
     hit: float,
     computing: tuple[float, float],
     guessing: tuple[int, float],
@@ -198,21 +267,23 @@ def _missed(
     `computing` is what copies may hide behind, and all of the layer's. On the device that is the first product, behind
     the copies of down; the host computes the experts that are there while all others travel.
     """
-    blob = layer.mean_nbytes
+    blob = link.layer.mean_nbytes
     (behind, compute), (guessed, recall) = computing, guessing
     hideable = 1.0 if driven else 1 / 3
     needed = exposed = copying = 0.0
     for count, probability in _binomial(top_k, 1 - hit):
         nbytes = count * blob
         needed += probability * nbytes
-        seconds = rates.copies(nbytes, blob)
+        seconds = link.seconds(nbytes)
         copying += probability * seconds
         exposed += probability * (seconds - min(hideable * seconds, behind))
-    window = max(0.0, compute - HIDING - (1 - hit**top_k) * behind) * rates.kernel_link
+    window = max(0.0, compute - HIDING - (1 - hit**top_k) * behind) * link.rates.kernel_link
     brought = sum(p * min(n * blob, window) for n, p in _binomial(guessed, 1 - hit)) if guessed else 0.0
     used = min(recall * brought, needed)
     share = used / needed if needed else 0.0
-    total.missed += needed - used
+    total.missed += (1 - link.share) * (needed - used)
+    total.computed += link.share * (needed - used)
+    total.cpu += 2 * HANDSHAKE * (1 - hit**top_k) * (1 - share) if link.beside else 0.0
     total.guessed += brought
     total.wasted += brought - used
     total.misses += exposed * (1 - share)

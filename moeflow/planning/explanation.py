@@ -114,7 +114,7 @@ def explain(plan: Plan, sizes: ModelSizes | None = None, hardware: HardwareProfi
 def running_of(plan: Plan) -> Running:
     """What of a plan its speed depends on."""
     guessed = plan.prefetch.experts if plan.prefetch.depth else 0
-    return Running(plan.cache_slots, plan.ram_experts, plan.strategy, plan.execution, guessed)
+    return Running(plan.cache_slots, plan.ram_experts, plan.strategy, plan.execution, guessed, plan.cpu)
 
 
 def _shares(parts: dict[str, Any], whole: float) -> tuple[Share, ...]:

@@ -29,6 +29,9 @@ OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "dtype": ("dtype",),
     "strategy": ("strategy",),
     "execution": ("execution",),
+    "cpu_experts": ("cpu", "experts"),
+    "cpu_threads": ("cpu", "threads"),
+    "cpu_activations": ("cpu", "activations"),
 }
 
 
@@ -48,6 +51,6 @@ def override(profile: Profile, changes: Mapping[str, Any]) -> Profile:
         *parents, key = OVERRIDES[name]
         place = data
         for parent in parents:
-            place = place[parent]
+            place = place.setdefault(parent, {})  # documents leave out sections that say nothing
         place[key] = value
     return Profile.parse(data, "overrides")

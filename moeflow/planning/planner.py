@@ -16,6 +16,7 @@ from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import Running, predict
 from moeflow.planning.fitting import Fit, fit_of
 from moeflow.planning.guessing import landing_buffers
+from moeflow.planning.sharing import planned_cpu, without_slots
 from moeflow.planning.sizes import ITEM_SIZE, LayerSize, ModelSizes
 from moeflow.planning.workspace import PREFILL_CHUNK, workspace
 from moeflow.schema import HardwareProfile, MemoryBudget, Plan, PlannedPrefetch, Profile
@@ -58,6 +59,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         CapacityError: the machine has less memory than the profile asks for, or than the model needs.
         DocumentError: the profile contradicts the model.
     """
+    profile = without_slots(profile, hardware)
     dtype = _dtype(profile, hardware)
     context = min(profile.context_length, sizes.max_context)
     prefetch = _prefetch(profile, sizes)
@@ -75,6 +77,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
     in_ram = sum(layer.of_first(n) for layer, n in zip(sizes.layers, ram_experts, strict=True))
     guessed = prefetch.experts if prefetch.depth else 0
     running = Running(slots, ram_experts, profile.strategy, fixed.execution, guessed)
+    running = replace(running, cpu=planned_cpu(profile, sizes, hardware, running))
     return Plan(
         manifest_digest=manifest_digest,
         hardware=hardware.name,
@@ -90,6 +93,7 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         staging_slots=fixed.buffers,
         stream_layers=2 if fixed.stream else 0,
         prefetch=prefetch,
+        cpu=running.cpu,
         ram_experts=ram_experts,
         memory=MemoryBudget(
             resident=fixed.resident,

@@ -16,7 +16,7 @@ from moeflow.schema.evaluation import (
     TextProtocol,
 )
 from moeflow.schema.hardware import Cpu, Disk, Gpu, HardwareProfile, Probed
-from moeflow.schema.kernels import Kernels, Product
+from moeflow.schema.kernels import CpuKernels, JointRates, Kernels, Product
 from moeflow.schema.link import BusState, Link, LinkPoint, Pcie
 from moeflow.schema.manifest import (
     BlobLayout,
@@ -28,9 +28,9 @@ from moeflow.schema.manifest import (
     Segment,
     Shard,
 )
-from moeflow.schema.plan import DecodeTime, MemoryBudget, Plan, PlannedPrefetch, Prediction, PrefillTime
+from moeflow.schema.plan import DecodeTime, MemoryBudget, Plan, PlannedCpu, PlannedPrefetch, Prediction, PrefillTime
 from moeflow.schema.predictor import PredictorCard, Recall, ReuseHits
-from moeflow.schema.profile import Cache, Memory, Prefetch, Profile
+from moeflow.schema.profile import Cache, CpuUse, Memory, Prefetch, Profile
 from moeflow.schema.quantization import (
     BitsAndBytesScheme,
     DenseScheme,
@@ -53,6 +53,8 @@ __all__ = [
     "BusState",
     "Cache",
     "Cpu",
+    "CpuKernels",
+    "CpuUse",
     "DecodeTime",
     "DenseScheme",
     "Disk",
@@ -66,6 +68,7 @@ __all__ = [
     "Guessing",
     "HardwareProfile",
     "HqqScheme",
+    "JointRates",
     "Kernels",
     "LayerErrors",
     "Limits",
@@ -82,6 +85,7 @@ __all__ = [
     "Part",
     "Pcie",
     "Plan",
+    "PlannedCpu",
     "PlannedPrefetch",
     "Prediction",
     "PredictorCard",

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from moeflow.schema.base import Document, Part
-from moeflow.schema.kernels import Kernels
+from moeflow.schema.kernels import CpuKernels, Kernels
 from moeflow.schema.link import Link
 from moeflow.schema.units import Rate, Size, Spread
 
@@ -48,6 +48,9 @@ class Cpu(Part):
     """Bytes a second that all cores together read from host memory."""
     instruction_sets: tuple[str, ...] = ()
     """Those that kernels may be written for, as Linux names them: `avx2`, `avx512_vnni`, `amx_int8`."""
+    # Left out of files that do not say it, which keep their digests.
+    kernels: CpuKernels | None = Field(default=None, exclude_if=lambda kernels: kernels is None)
+    """The engine's own; None where they were not measured."""
 
 
 class Disk(Part):

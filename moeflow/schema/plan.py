@@ -11,10 +11,19 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 from pydantic import Field
 
 from moeflow.schema.base import Document, Part
-from moeflow.schema.profile import HALF_LIFE, Dtype, Execution, HalfLife, Policy, Predictor, Strategy
+from moeflow.schema.profile import (
+    HALF_LIFE,
+    Activations,
+    Dtype,
+    Execution,
+    HalfLife,
+    Policy,
+    Predictor,
+    Strategy,
+)
 from moeflow.schema.units import three_digits
 
-__all__ = ["DecodeTime", "MemoryBudget", "Plan", "PlannedPrefetch", "Prediction", "PrefillTime"]
+__all__ = ["DecodeTime", "MemoryBudget", "Plan", "PlannedCpu", "PlannedPrefetch", "Prediction", "PrefillTime"]
 
 P = TypeVar("P", bound=Part)
 
@@ -27,6 +36,17 @@ class PlannedPrefetch(Part):
     """Layers ahead; 0 is off."""
     experts: int = Field(ge=0)
     """Experts per guess."""
+
+
+class PlannedCpu(Part):
+    """The CPU's part of the experts, resolved."""
+
+    threads: int = Field(ge=1)
+    share: float = Field(ge=0, le=1)
+    """Of the bytes that a step misses, what the CPU computes at first; the rest travels."""
+    fixed: bool
+    """Whether the share stays; else steps adapt it until CPU and link end together."""
+    activations: Activations
 
 
 class MemoryBudget(Part):
@@ -57,14 +77,16 @@ class DecodeTime(Part):
     launches: float
     """What does not depend on bytes: small kernels, and on a CPU the host's own work."""
     misses: float
-    """Copies over the link that nothing hides."""
+    """Copies over the link that nothing hides, while the CPU computes its share."""
     disk: float
     """Reads of misses that lie on the disk."""
+    cpu: float = Field(default=0.0, exclude_if=lambda seconds: not seconds)
+    """What waits for the CPU alone: handshakes, and all experts where no other computes them."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.dense + self.experts + self.launches + self.misses + self.disk
+        return self.dense + self.experts + self.launches + self.misses + self.disk + self.cpu
 
     def rounded(self) -> Self:
         """To four digits."""
@@ -107,6 +129,8 @@ class Prediction(Part):
     """The part of them that is not used."""
     read_bytes: int
     """Out of device memory, per token."""
+    computed_bytes: int = Field(default=0, exclude_if=lambda nbytes: not nbytes)
+    """Multiplied by the CPU where they lie, per token, beside a GPU."""
     hidden: float
     """Seconds of copies that computing hides, per token."""
     decode: DecodeTime
@@ -158,6 +182,9 @@ class Plan(Document):
     stream_layers: int = Field(ge=0)
     """Whole-layer buffers for prefill: 2, or 0 where prefill must go through the cache."""
     prefetch: PlannedPrefetch
+    cpu: PlannedCpu | None = Field(default=None, exclude_if=lambda part: part is None)
+    """None: the CPU multiplies nothing beside a GPU, and without one torch computes the experts. Kernels that this
+    machine cannot run are left out by the engine, which says so."""
     ram_experts: tuple[Annotated[int, Field(ge=0)], ...]
     """Per MoE layer, how many experts (the first) lie in host memory; the others are read from disk."""
     memory: MemoryBudget

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moeflow.schema.base import Document, Part
 from moeflow.schema.quantization import Quantization
 from moeflow.schema.units import AutoCount, AutoSize
 
 __all__ = [
-    "Cache", "Dtype", "Execution", "HALF_LIFE", "HalfLife", "Memory", "Policy", "Predictor", "Prefetch", "Profile",
-    "Strategy",
+    "Activations", "Cache", "CpuExperts", "CpuUse", "Dtype", "Execution", "HALF_LIFE", "HalfLife", "Memory", "Policy",
+    "Predictor", "Prefetch", "Profile", "Strategy",
 ]  # fmt: skip
 
 Policy = Literal["lru", "lfu", "mix", "static", "learned"]
@@ -24,6 +24,8 @@ Predictor = Literal["next-gate", "learned", "none"]
 Strategy = Literal["full", "no-prefetch", "no-cache", "naive"]
 Execution = Literal["device", "host"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+CpuExperts = Literal["auto", "off", "on", "only"]
+Activations = Literal["fixed16", "int8"]
 
 HALF_LIFE = 128.0  # of a mix; docs/simulator.md has what it was measured on
 HalfLife = Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -74,6 +76,26 @@ class Memory(Part):
     """Disk for blobs that do not fit `ram`; they are read when needed. 0 forbids it."""
 
 
+class CpuUse(Part):
+    """What the CPU multiplies: experts that the cache lacks, where they lie in host memory."""
+
+    experts: CpuExperts = "auto"
+    """Beside a GPU, misses are shared between link and CPU: on always, off never, auto where it was measured to pay;
+    only: the CPU computes all experts, none is cached or guessed. Without a GPU off leaves them to torch."""
+    threads: AutoCount = "auto"
+    """That multiply; auto is all cores, beside a GPU all but one."""
+    activations: Activations = "fixed16"
+    """What products take of hidden states: fixed16, 16 bits in fixed point, as on the GPU; int8 is faster and less
+    exact, and only for machines without a GPU."""
+
+    @field_validator("threads")
+    @classmethod
+    def _somebody_works(cls, threads: int | str) -> int | str:
+        if threads == 0:
+            raise ValueError("expected a whole number, 1 or more, or auto; cpu.experts: off leaves the CPU out")
+        return threads
+
+
 class Profile(Document):
     """A deployment."""
 
@@ -97,5 +119,7 @@ class Profile(Document):
     execution: Literal["device", "host", "auto"] = Field(default="auto", exclude_if=lambda asked: asked == "auto")
     """Who decides what is copied when: device, kernels inside a CUDA graph, wherever all experts are in host memory;
     host, Python, on any device and with any tier."""
+    # Left out of documents where it says nothing: those made before it existed keep their digests.
+    cpu: CpuUse = Field(default=CpuUse(), exclude_if=lambda use: use == CpuUse())
     strategy: Strategy = "full"
     """The paper's ablation: full; without guesses; without cache and guesses; naive, whole layers."""

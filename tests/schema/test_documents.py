@@ -19,6 +19,7 @@ from moeflow.schema import (
     BenchmarkRow,
     BitChoice,
     Cpu,
+    CpuUse,
     DecodeTime,
     DenseScheme,
     Disk,
@@ -42,6 +43,7 @@ from moeflow.schema import (
     ModelFacts,
     Part,
     Plan,
+    PlannedCpu,
     PlannedPrefetch,
     Prediction,
     PredictorCard,
@@ -74,6 +76,7 @@ PROFILE = Profile(
     memory=Memory(vram=11 << 30, ram=25_000_000_001),
     context_length=8192,
     dtype="float16",
+    cpu=CpuUse(experts="on", threads=7),
     strategy="no-prefetch",
 )
 MACHINE = HardwareProfile(
@@ -97,6 +100,7 @@ PLAN = Plan(
     staging_slots=4,
     stream_layers=2,
     prefetch=PlannedPrefetch(predictor="next-gate", depth=1, experts=2),
+    cpu=PlannedCpu(threads=7, share=0.597, fixed=False, activations="fixed16"),
     ram_experts=(8, 7),
     memory=MemoryBudget(
         resident=1, kv_cache=2, slots=3, staging=4, stream=5, workspace=6, total=21, limit=22

@@ -24,6 +24,8 @@ def document() -> dict[str, Any]:
     found["link"] |= {"under_load": {"generation": 3, "lanes": 16}, "by_size": copy.deepcopy(POINTS)}
     found["disk"] |= {"random_read": "2GB/s", "blob": "4MiB"}
     found["cpu"]["instruction_sets"] = ["avx2"]
+    joint = {"cpu": "28GB/s", "link": "20GB/s"}
+    found["cpu"]["kernels"] = {"level": "avx2", "threads": 7, "products": {"4-bit": "35GB/s"}, "joint": joint}
     return found | {
         "ram_lockable": "16GiB",
         "spreads": {"link.host_to_device": 0.01, "disk.random_read": 1.5},
@@ -34,9 +36,8 @@ def document() -> dict[str, Any]:
 @pytest.mark.parametrize("ending", ["yaml", "json"])
 def test_everything_measured_comes_back(tmp_path: Path, ending: str) -> None:
     profile = HardwareProfile.parse(document(), "here")
-    assert {"link.by_size", "link.under_load", "disk.blob", "ram_lockable", "cpu.instruction_sets"} <= set(
-        profile.values()
-    )
+    named = {"link.by_size", "link.under_load", "disk.blob", "ram_lockable", "cpu.instruction_sets", "cpu.kernels"}
+    assert named <= set(profile.values())
     profile.save(tmp_path / f"x.{ending}")
     assert HardwareProfile.load(tmp_path / f"x.{ending}") == profile
 
@@ -76,6 +77,10 @@ def test_a_date_without_quotes_is_one(tmp_path: Path) -> None:
         ("probed.date", "yesterday", "probed.date is yesterday; "),
         ("probed.host", "mine", "probed.host: unknown key; known: date, moeflow, torch, cuda, driver"),
         ("cpu.cores", 0, "cpu.cores is 0; "),
+        ("cpu.kernels.threads", 0, "cpu.kernels.threads is 0; "),
+        ("cpu.kernels.level", "sse", "cpu.kernels.level is sse; it supports portable, avx2, avx512, vnni"),
+        ("cpu.kernels.products", {}, "cpu.kernels.products"),
+        ("cpu.kernels.joint.link", "0GB/s", "cpu.kernels.joint.link is 0GB/s; expected a rate"),
         ("format_version", 2, "format_version is 2; this moeflow reads hardware profile version 1: upgrade moeflow"),
     ],
 )

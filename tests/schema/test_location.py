@@ -14,7 +14,7 @@ from moeflow.schema import HardwareProfile, Plan, Profile
 
 KEYS = (
     "format_version, model, revision, hardware, quantization, cache, prefetch, memory, context_length, dtype, "
-    "execution, strategy"
+    "execution, cpu, strategy"
 )
 MACHINE: dict[str, Any] = {
     "name": "box", "origin": "measured", "cpu": {"cores": 8}, "ram": "32GiB", "link": {"host_to_device": "12GB/s"},
