@@ -2,7 +2,7 @@
 
 Standard library only and no import of moeflow: the build hook loads this file by its path, where torch and moeflow are
 not installed. It neither decides whether the library is wanted nor loads it: that is `scripts/build_hook.py` and
-`library.py`. By hand, in a checkout: `python moeflow/kernels/cpp_build.py`.
+`library.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,3 @@ def build(target: Path, compiler: str | None = None) -> None:
             lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
             raise RuntimeError(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
         made.replace(target)
-
-
-if __name__ == "__main__":
-    build(HERE / "_cpu.so")
