@@ -1,11 +1,12 @@
-# Sourced by run and test: a virtual environment in the checkout, made once, and again when pyproject.toml changes.
+# Sourced by run and test: a virtual environment in the checkout, made once, and again when pyproject.toml or
+# what the CPU kernels are compiled from changes, since an editable install compiles them into the checkout.
 # usage: environment DIRECTORY EXTRAS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 environment() {
   local directory=$1 extras=$2 wanted
-  wanted="$extras $(sha256sum < pyproject.toml)"
+  wanted="$extras $(cat pyproject.toml scripts/build_hook.py moeflow/kernels/cpp_build.py moeflow/kernels/cpp/* | sha256sum)"
   if [ "$(cat "$directory/.installed" 2>/dev/null)" != "$wanted" ]; then
     local python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||

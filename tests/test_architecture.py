@@ -62,6 +62,7 @@ TORCH_FREE = [
     "moeflow.cli_allocate", "moeflow.console_allocate", "moeflow.evaluation.windows", "moeflow.evaluation.texts",
     "moeflow.reporting.quality", "moeflow.reporting.tradeoff", "moeflow.cli_eval", "moeflow.evaluation.scores",
     "moeflow.reporting.tasks", "moeflow.planning.quotas", "moeflow.planning.fitting",
+    "moeflow.kernels.library", "moeflow.kernels.cpp_build",
 ]  # fmt: skip
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

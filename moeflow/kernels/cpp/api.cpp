@@ -25,3 +25,6 @@ EXPORTED int32_t moeflow_multiply(const Job* job, int32_t level) {
     kernel(*job);
     return 0;
 }
+
+// Of this interface: library.py has the same number.
+EXPORTED int32_t moeflow_version() { return 1; }
