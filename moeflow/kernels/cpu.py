@@ -2,7 +2,7 @@
 
 Products of hqq's and int8's formats are `kernels.gemv`'s to the last bit (see cpp/matrix.hpp), those of nf4 are
 computed in float32. One call is one thread's work on a range of rows: Python's lock is free meanwhile, and who shares
-rows among threads is another's business. With one plane activations have 8 bits: half the work, and an error of its own.
+rows among threads is another's business. With one plane activations have 8 bits: half the work, and its own error.
 """
 
 from __future__ import annotations
@@ -142,15 +142,16 @@ class CpuGemv:
         if not self._functions.moeflow_can_multiply(byref(self.struct), planes, self.level):
             name = LEVELS[self.level] if 0 <= self.level < len(LEVELS) else self.level
             raise DeviceError(f"no CPU kernel multiplies {matrix.scheme.label} with {planes} planes at level {name}")
-        self._sizes = Sizes()
-        self._functions.moeflow_sizes(byref(self.struct), planes, byref(self._sizes))
+        self.sizes = Sizes()
+        """Of one vector."""
+        self._functions.moeflow_sizes(byref(self.struct), planes, byref(self.sizes))
         self._nbytes = max(s.offset + s.nbytes for s in matrix.segments)
 
     def prepare(self, x: Tensor) -> CpuVectors:
         """Lay out x [R, K], float32, float16 or bfloat16."""
         assert x.shape[1] == self.matrix.columns and x.device.type == "cpu", "activations do not fit the matrix"
         x = x.contiguous()
-        rows, sizes = len(x), self._sizes
+        rows, sizes = len(x), self.sizes
         numbers = _aligned(rows, sizes.numbers)
         scales, sums = torch.empty(rows, sizes.scales), torch.empty(rows, sizes.sums)
         pointers = (tensor.data_ptr() for tensor in (numbers, scales, sums))
