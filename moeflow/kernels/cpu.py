@@ -2,7 +2,7 @@
 
 Products of hqq's and int8's formats are `kernels.gemv`'s to the last bit (see cpp/matrix.hpp), those of nf4 are
 computed in float32. One call is one thread's work on a range of rows: Python's lock is free meanwhile, and who shares
-rows among threads is another's business. With one plane activations have 8 bits: half the work, and an error of its own.
+rows among threads is another's business. With one plane activations have 8 bits: half the work, and its own error.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def _functions() -> ctypes.CDLL:
     loaded.moeflow_prepare.argtypes = (POINTER(Matrix), c_int32, c_void_p, c_int64, POINTER(Vectors))
     loaded.moeflow_can_multiply.argtypes = (POINTER(Matrix), c_int32, c_int32)
     loaded.moeflow_multiply.argtypes = (POINTER(Job), c_int32)
+    loaded.moeflow_unpack.argtypes = (POINTER(Matrix), c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32)
     return loaded
 
 
@@ -142,15 +143,16 @@ class CpuGemv:
         if not self._functions.moeflow_can_multiply(byref(self.struct), planes, self.level):
             name = LEVELS[self.level] if 0 <= self.level < len(LEVELS) else self.level
             raise DeviceError(f"no CPU kernel multiplies {matrix.scheme.label} with {planes} planes at level {name}")
-        self._sizes = Sizes()
-        self._functions.moeflow_sizes(byref(self.struct), planes, byref(self._sizes))
+        self.sizes = Sizes()
+        """Of one vector."""
+        self._functions.moeflow_sizes(byref(self.struct), planes, byref(self.sizes))
         self._nbytes = max(s.offset + s.nbytes for s in matrix.segments)
 
     def prepare(self, x: Tensor) -> CpuVectors:
         """Lay out x [R, K], float32, float16 or bfloat16."""
         assert x.shape[1] == self.matrix.columns and x.device.type == "cpu", "activations do not fit the matrix"
         x = x.contiguous()
-        rows, sizes = len(x), self._sizes
+        rows, sizes = len(x), self.sizes
         numbers = _aligned(rows, sizes.numbers)
         scales, sums = torch.empty(rows, sizes.scales), torch.empty(rows, sizes.sums)
         pointers = (tensor.data_ptr() for tensor in (numbers, scales, sums))
@@ -191,6 +193,26 @@ class CpuGemv:
     def run(self, job: Job) -> None:
         """Do a job of this matrix in the calling thread."""
         self._functions.moeflow_multiply(byref(job), self.level)
+
+    def unpack(
+        self, blob: Tensor, dtype: torch.dtype, out: Tensor | None = None, begin: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Rows `begin` to `end` of the matrix as plain numbers, `kernels.dequantize`'s to the last bit.
+
+        Returns:
+            [N, K] of `dtype`: `out`, or a new tensor, in which nothing is written outside of the range.
+        """
+        rows, columns = self.matrix.rows, self.matrix.columns
+        end = rows if end is None else end
+        if out is None:
+            out = torch.empty(rows, columns, dtype=dtype)
+        assert out.shape == (rows, columns) and out.dtype == dtype and out.is_contiguous(), (
+            "out does not fit the matrix"
+        )
+        assert blob.is_contiguous() and blob.nbytes >= self._nbytes and 0 <= begin <= end <= rows
+        arguments = (blob.data_ptr(), DTYPES[dtype], out.data_ptr(), begin, end, self.level)
+        self._functions.moeflow_unpack(byref(self.struct), *arguments)
+        return out
 
 
 def _aligned(rows: int, stride: int) -> Tensor:
