@@ -49,9 +49,7 @@ def rounds(action: Callable[[], object]) -> tuple[float, float]:
     return statistics.median(times), min(times)
 
 
-def say(
-    name: str, threads: int, nbytes: int, times: tuple[float, float], rate: float, torch_times: list[float]
-) -> None:
+def say(name: str, threads: int, nbytes: int, times: tuple[float, float], rate: float, others: list[float]) -> None:
     """A line; times are those of `nbytes`, others the medians of torch's int4 by threads."""
     median, best = times
     share = nbytes / median / rate
