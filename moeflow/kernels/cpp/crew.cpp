@@ -26,8 +26,12 @@
 namespace moeflow {
 namespace {
 
-constexpr int MOST_JOBS = 1024, MOST_THREADS = 256;
-constexpr int64_t BLOCK_BYTES = 32 << 10;   // of packed rows: some microseconds, far more than a claim
+constexpr int MOST_JOBS = 512, MOST_THREADS = 256;
+// A block costs 2.2 us besides its bytes (a claim, and rows that nobody has asked the memory for yet): with 15 threads blocks of
+// 32 KiB read 72 GB/s, of 64 KiB 86, of 128 KiB 97. So most rows go in large blocks, as many for each thread, and the last in
+// small ones, so that all end together.
+constexpr int64_t LARGE_BYTES = 256 << 10, SMALL_BYTES = 40 << 10;
+constexpr int64_t SMALL_SHARE = 8;          // of all rows, one in so many
 constexpr int64_t ALONE_BYTES = 256 << 10;  // what one thread has done before others are awake
 constexpr int64_t AWAKE = 20000;            // nanoseconds that threads wait awake for the host's next request
 constexpr int NUMBER = 24, TOTAL = 20, NEXT = 20;   // bits of the claim: request, blocks, next block
@@ -67,10 +71,11 @@ struct alignas(64) Crew {
     std::atomic<int32_t> asleep{0};
     alignas(64) std::atomic<bool> closing{false}, paused{false};
     std::atomic<int64_t> active{0};                    // when somebody was last asked for something
-    std::atomic<int64_t> computed{0};                  // bytes read for requests of the device
+    std::atomic<int64_t> busy{0}, requests{0};         // nanoseconds from taking a device's request to its answer; how many
+    int64_t taken = 0;                                 // when the request under way was
     Level level;
-    int32_t number = 0, total = 0;                     // of the request under way
-    Task tasks[MOST_JOBS];
+    int32_t number = 0;                                // of the request under way
+    Task tasks[2 * MOST_JOBS];
     int32_t count = 0;
     volatile int32_t* announce = nullptr;              // where the end of a device's request is written, and what
     int32_t announced = 0;
@@ -99,9 +104,12 @@ void work(Crew& crew) {
         const int32_t number = crew.number;
         volatile int32_t* announce = crew.announce;
         const int32_t announced = crew.announced;
+        const int64_t taken = crew.taken;
         task->multiply(job);
         if (crew.done.fetch_add(1, std::memory_order_acq_rel) + 1 == total) {
             if (announce) {
+                crew.busy.fetch_add(now() - taken, std::memory_order_relaxed);
+                crew.requests.fetch_add(1, std::memory_order_relaxed);
 #if defined(__x86_64__)
                 _mm_sfence();
 #endif
@@ -122,26 +130,31 @@ void wake(Crew& crew) {
 
 // Cuts jobs into blocks and lets everybody at them; only when the request before is finished. False: a format has no kernel.
 bool publish(Crew& crew, const Job* jobs, int count, volatile int32_t* announce, int32_t announced) {
-    int64_t rows = 0;
-    for (int i = 0; i < count; i++) rows += jobs[i].end - jobs[i].begin;
-    const int64_t share = rows / (8 * (crew.threads + 1)) + 1;
-    int32_t total = 0;
-    for (int i = 0; i < count; i++) {
-        Task& task = crew.tasks[i];
-        task.job = jobs[i];
-        task.multiply = multiply_for(*jobs[i].matrix, jobs[i].vectors->planes, crew.level);
-        if (!task.multiply) return false;
-        int64_t block = BLOCK_BYTES / row_bytes(*jobs[i].matrix);
-        if (block > share) block = share;
-        task.block = block < 4 ? 4 : block / 4 * 4;
-        task.first = total;
-        total += (jobs[i].end - jobs[i].begin + task.block - 1) / task.block;
-    }
-    crew.count = count;
-    crew.total = total;
+    const int64_t workers = crew.threads + (announce ? 0 : 1);
+    int64_t bytes = 0;
+    for (int i = 0; i < count; i++) bytes += (jobs[i].end - jobs[i].begin) * row_bytes(*jobs[i].matrix);
+    const int64_t each = (bytes - bytes / SMALL_SHARE) / workers;   // of a thread, in large blocks
+    const int64_t large = each / ((each + LARGE_BYTES - 1) / LARGE_BYTES + (each == 0)), small = large < SMALL_BYTES ? large : SMALL_BYTES;
+    int32_t total = 0, tasks = 0;
+    for (int last = 0; last < 2; last++)
+        for (int i = 0; i < count; i++) {
+            const int64_t rows = jobs[i].end - jobs[i].begin, few = rows / SMALL_SHARE;
+            Task& task = crew.tasks[tasks++];
+            task.job = jobs[i];
+            (last ? task.job.begin : task.job.end) = jobs[i].end - few;
+            task.multiply = multiply_for(*jobs[i].matrix, jobs[i].vectors->planes, crew.level);
+            if (!task.multiply) return false;
+            const int64_t block = ((last ? small : large) / row_bytes(*jobs[i].matrix) + 1) / 2 * 2;   // kernels take two rows
+            task.block = block < 2 ? 2 : block;
+            task.first = total;
+            total += (task.job.end - task.job.begin + task.block - 1) / task.block;
+        }
+    if (total >= 1 << TOTAL) return false;
+    crew.count = tasks;
     crew.number = (crew.number + 1) & ((1 << NUMBER) - 1);
     crew.announce = announce;
     crew.announced = announced;
+    crew.taken = announce ? now() : 0;
     crew.done.store(0, std::memory_order_relaxed);
     crew.claim.store((uint64_t)crew.number << (NEXT + TOTAL) | (uint64_t)total << NEXT, std::memory_order_seq_cst);
     return true;
@@ -160,7 +173,6 @@ bool take_letter(Crew& crew) {
     const int32_t layer = s.letter[LETTER_LAYER], half = s.letter[LETTER_HALF], count = s.letter[LETTER_COUNT];
     if (turn == 0 || count <= 0 || count > s.most || layer < 0 || layer >= s.layers || half < 0 || half > 1) return false;
     const Half& what = s.halves[2 * layer + half];
-    int64_t bytes = 0;
     for (int i = 0; i < count; i++) {
         const volatile int32_t* job = s.letter + LETTER_JOBS + i * LETTER_JOB;
         const int32_t expert = job[0], begin = job[1], vector = job[2], row = job[3];
@@ -168,11 +180,9 @@ bool take_letter(Crew& crew) {
                                   s.sums[half] + vector * s.sum_strides[half], s.strides[half], 1, 2};
         crew.jobs[i] = Job{&what.matrix, what.blobs + expert * what.nbytes, &crew.vectors[i],
                            s.results[half] + row * s.result_strides[half], begin, what.matrix.rows};
-        bytes += (what.matrix.rows - begin) * row_bytes(what.matrix);
     }
     crew.active.store(now(), std::memory_order_relaxed);
     if (!publish(crew, crew.jobs, count, s.arrived + 16 * half, turn)) return false;
-    crew.computed.fetch_add(bytes, std::memory_order_relaxed);
     if (crew.asleep.load(std::memory_order_seq_cst)) wake(crew);
     return true;
 }
@@ -272,8 +282,9 @@ void moeflow_crew_wake(Crew* crew) { wake(*crew); }
 // Whether requests are left unanswered.
 void moeflow_crew_pause(Crew* crew, int32_t paused) { crew->paused.store(paused != 0); }
 
-// Bytes of weights read for the device since the start.
-int64_t moeflow_crew_computed(const Crew* crew) { return crew->computed.load(); }
+// Since the start, requests of the device that were answered, and the nanoseconds that it took.
+int64_t moeflow_crew_requests(const Crew* crew) { return crew->requests.load(); }
+int64_t moeflow_crew_busy(const Crew* crew) { return crew->busy.load(); }
 
 // Waits until no request is under way, at most so many nanoseconds; 1 if so.
 int32_t moeflow_crew_settle(Crew* crew, int64_t patience) {

@@ -145,18 +145,24 @@ collect(long long half, const int* begins, long long rows, const int* arrived, c
     const int handed = desk[HANDED];
     if (!handed) return;
     __shared__ int here;
-    const bool first = blockIdx.x == 0 && blockIdx.y == 0;
     const int begin = begins[blockIdx.y];
     const long long at = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (!first && (long long)(blockIdx.x + 1) * blockDim.x * 4 <= begin) return;
-    if (threadIdx.x == 0) {
+    if ((long long)(blockIdx.x + 1) * blockDim.x * 4 <= begin) return;
+    const bool asks = threadIdx.x == 0 && atomicExch(desk + ASKED, handed) != handed;
+    if (asks) {   // the first block that comes asks the host's memory, the others ask it
         const bool waits = load_volatile(arrived) - handed < 0;
         here = answered(arrived, handed, desk, letter, patience);
-        if (first && here) {
+        if (here) {
             int* ratio = desk + RATIO + 2 * desk[CLASS] + (int)half;
             *ratio = waits ? min(*ratio + desk[STEP], ONE) : max(*ratio - desk[STEP], 0);
         }
-        __threadfence_system();
+        __threadfence();
+        store_volatile(desk + SEEN, here ? handed : -handed);
+    } else if (threadIdx.x == 0) {
+        int seen;
+        while ((seen = load_volatile(desk + SEEN)) != handed && seen != -handed) __nanosleep(100);
+        here = seen == handed;
+        __threadfence();
     }
     __syncthreads();
     if (!here || at >= rows || at + 4 <= begin) return;
