@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_device_gpu import assert_near, gpu_file, load, packed, random_ids
 
-from moeflow.offload import sharing as sharing_module
 from moeflow.engine import Engine
+from moeflow.offload import sharing as sharing_module
 from moeflow.offload.sharing import Sharing
 from moeflow.offload.splits import ONE, RATIO
 
