@@ -23,6 +23,8 @@ class Traffic:
     guessed_bytes: int = 0
     streamed_bytes: int = 0
     """Copied in whole layers: prefill, and the naive strategy."""
+    computed_bytes: int = 0
+    """Multiplied by the CPU where they lay, instead of being copied."""
 
     @property
     def uses(self) -> int:
