@@ -32,14 +32,16 @@ from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.bandwidth import copy_rate, device_rate, link_rate, read_rate
 from moeflow.progress import Progress, silent
 from moeflow.schema import BenchmarkRow, HardwareProfile, Limits, Manifest, Plan, Profile
-from moeflow.schema.benchmark import Routing
-from moeflow.schema.profile import Strategy
+from moeflow.schema.benchmark import Compared, Routing
+from moeflow.schema.profile import CpuExperts, Strategy
 
-__all__ = ["Settings", "measure_limits", "run_rows"]
+__all__ = ["COMPARED", "Settings", "measure_limits", "run_rows"]
 
 GIB = 1 << 30
 PREFILLS = 3
 STRATEGIES: tuple[Strategy, ...] = ("full", "no-prefetch", "no-cache", "naive")
+COMPARED: dict[Compared, CpuExperts] = {"cpu": "only", "link": "off", "both": "on"}
+"""Rows of a comparison of who takes the experts that the device lacks, as a profile's `cpu.experts` says it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Settings:
     stall: int = 0
     """Cycles that the GPU idles in every layer; stretches computation."""
     rows: Sequence[Strategy] = ("full",)
+    compare: Sequence[Compared] = ()
+    """Each row once for each of these, who takes the experts that the device lacks; nothing: as the profile says."""
     all_hits: bool = False
     """Also a row with every expert cached."""
     copy_engine: bool = True
@@ -71,10 +75,12 @@ class Settings:
 
 
 def measure_limits(progress: Progress = silent) -> Limits:
-    """The link's peak in copies of 1 GiB, and the memory's bandwidth; on a CPU what stands for them."""
+    """The link's peak in copies of 1 GiB, and both memories' bandwidth; on a CPU what stands for them."""
+    host = read_rate(progress=progress).rate
     if torch.cuda.is_available():
-        return Limits(link_peak=link_rate(GIB, progress).rate, memory_bandwidth=device_rate(GIB, progress).rate)
-    return Limits(link_peak=copy_rate(progress=progress).rate, memory_bandwidth=read_rate(progress=progress).rate)
+        link, memory = link_rate(GIB, progress).rate, device_rate(GIB, progress).rate
+        return Limits(link_peak=link, memory_bandwidth=memory, host_read=host)
+    return Limits(link_peak=copy_rate(progress=progress).rate, memory_bandwidth=host, host_read=host)
 
 
 def run_rows(
@@ -86,27 +92,38 @@ def run_rows(
         UsageError: settings contradict each other.
         CapacityError: the rows do not fit the machine.
     """
-    planned = [(one, plan) for one in settings for plan in _plans(artifact.manifest, hardware, one)]
-    plans = [plan for _, plan in planned]
+    planned = [(one, *plan) for one in settings for plan in _plans(artifact.manifest, hardware, one)]
+    plans = [plan for _, plan, _ in planned]
     if len({plan.ram_experts for plan in plans}) > 1:
         raise UsageError("the rows keep different experts in host memory; raise memory.ram, or run them one by one")
     before = psutil.Process().memory_info().rss
     store = HostStore(artifact, plans[0].ram_experts, pin=plans[0].device == "cuda", progress=progress)
     try:
-        for one, plan in planned:
-            yield _row(artifact, plan, one, store, before)
+        for one, plan, compared in planned:
+            yield _row(artifact, plan, one, store, before).model_copy(update={"experts_on": compared})
     finally:
         store.close()
 
 
-def _plans(manifest: Manifest, hardware: HardwareProfile, settings: Settings) -> list[Plan]:
-    """One for each row."""
+def _plans(manifest: Manifest, hardware: HardwareProfile, settings: Settings) -> Iterator[tuple[Plan, Compared | None]]:
+    """One for each row, with what it is compared as."""
     if settings.recall is not None and settings.routing == "model":
         raise UsageError("--recall is of forced guesses; the model's own gate guesses where routing is `model`")
+    if settings.compare and hardware.gpu is None and settings.profile.execution != "device":
+        raise UsageError("--compare is of CPU and link beside a GPU; without one the CPU computes all experts anyway")
     rows = [(row, settings.experts_per_layer) for row in settings.rows]
     if settings.all_hits:
         rows.append(("no-prefetch", max(layer.experts for layer in manifest.layers)))
-    return [_plan(manifest, hardware, settings.profile, row, k) for row, k in rows]
+    for row, k in rows:
+        for compared in settings.compare or (None,):
+            yield _plan(manifest, hardware, _compared(settings.profile, compared), row, k), compared
+
+
+def _compared(profile: Profile, compared: Compared | None) -> Profile:
+    if compared is None:
+        return profile
+    cpu = profile.cpu.model_copy(update={"experts": COMPARED[compared]})
+    return profile.model_copy(update={"cpu": cpu})
 
 
 def _plan(manifest: Manifest, hardware: HardwareProfile, profile: Profile, row: Strategy, k: int | None) -> Plan:
@@ -165,6 +182,7 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
             "guessed_bytes": decode.guessed_bytes * per_token if guessing else None,
             "wasted_bytes": wasted * per_token if guessing and wasted is not None else None,
             "streamed_bytes": decode.streamed_bytes * per_token,
+            "computed_bytes": decode.computed_bytes * per_token if plan.cpu and execution == "device" else None,
             "read_bytes": reads,
             "prefill_bytes": first_traffic.moved_bytes,
             "cold_prefill_bytes": cold_traffic.moved_bytes,

@@ -10,16 +10,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moeflow.errors import UsageError
+from moeflow.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from moeflow.artifact.reader import Artifact
     from moeflow.bench import Settings
     from moeflow.schema import Benchmark, HardwareProfile, Profile
+    from moeflow.schema.benchmark import Compared
+    from moeflow.schema.profile import Execution
 
 __all__ = ["bench"]
 
 Bits = Annotated[int, typer.Option(help="Bits of the experts' weights: 2, 3, 4 or 8; 16 keeps them as they are.")]
+
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        help="Rows that differ in who takes experts that the device lacks: any of cpu (computes all of them, none is "
+        "cached), link and both, with commas between."
+    ),
+]
+Routes = Annotated[
+    Literal["model", "uniform", "markov", "recorded"] | None,
+    typer.Option(help="Where routes come from; default: uniform for --synthetic, else the model's router."),
+]
 
 
 def bench(
@@ -30,6 +44,7 @@ def bench(
     ablations: Annotated[
         bool, typer.Option("--ablations", help="The paper's four rows, and one of hits alone.")
     ] = False,
+    compare: Compare = None,
     experts_per_layer: Annotated[
         int | None, typer.Option("--experts-per-layer", "-k", min=0, help="Cached experts per layer.")
     ] = None,
@@ -37,10 +52,7 @@ def bench(
     group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 64,
     metadata_bits: Annotated[int, typer.Option(help="Bits of each scale and zero: 16 or 8.")] = 16,
     attention_bits: Annotated[int, typer.Option(help="Bits of the attention's weights; 16 keeps them.")] = 4,
-    routing: Annotated[
-        Literal["model", "uniform", "markov", "recorded"] | None,
-        typer.Option(help="Where routes come from; default: uniform for --synthetic, else the model's router."),
-    ] = None,
+    routing: Routes = None,
     recall: Annotated[float | None, typer.Option(min=0, max=1, help="Of forced guesses.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Routes for --routing recorded.")] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Tokens to decode.")] = 64,
@@ -66,7 +78,7 @@ def bench(
     }
     source, profile = _source(artifact, synthetic, schemes)
     settings = Settings(
-        profile=profile.model_copy(update={"context_length": context_length, "execution": execution or "auto"}),
+        profile=_as_asked(profile, context_length, execution, ablations),
         experts_per_layer=experts_per_layer,
         routing=routing or ("uniform" if synthetic else "model"),
         recall=recall,
@@ -75,6 +87,7 @@ def bench(
         prompt=min(prompt, context_length - 5 * 16 - tokens),
         stall=stall,
         rows=("full", "no-prefetch", "no-cache", "naive") if ablations else ("full",),
+        compare=_compared(compare, ablations),
         all_hits=ablations,
     )
     if settings.prompt < 1:
@@ -87,6 +100,7 @@ def _run(source: Artifact, machine: HardwareProfile, settings: Settings) -> Benc
     from moeflow.bench import measure_limits, run_rows
     from moeflow.console import progress_bar, say
     from moeflow.probe.environment import environment
+    from moeflow.reporting.cells import EXPERTS_ON
     from moeflow.schema import Benchmark
 
     with progress_bar() as progress:
@@ -94,7 +108,8 @@ def _run(source: Artifact, machine: HardwareProfile, settings: Settings) -> Benc
         rows = []
         for row in run_rows(source, machine, settings, progress=progress):
             rows.append(row)
-            say(f"{row.strategy}, k = {row.k:g}: {row.tokens_per_second or 0:.1f} tokens/s")
+            by = f", misses by {EXPERTS_ON[row.experts_on]}" if row.experts_on else ""
+            say(f"{row.strategy}, k = {row.k:g}{by}: {row.tokens_per_second or 0:.1f} tokens/s")
     return Benchmark(
         command=shlex.join(["moeflow", *sys.argv[1:]]),
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -120,6 +135,27 @@ def _show(run: Benchmark, output: Path | None, markdown: Path | None, picture: P
     if output is not None:
         run.save(output)
     typer.echo(text.json_line(run))
+
+
+def _as_asked(profile: Profile, context: int, execution: Execution | None, ablations: bool) -> Profile:
+    """The CPU takes no part in ablations, whose rows the paper's switches alone tell apart."""
+    update: dict[str, Any] = {"context_length": context, "execution": execution or "auto"}
+    if ablations:
+        update["cpu"] = profile.cpu.model_copy(update={"experts": "off"})
+    return profile.model_copy(update=update)
+
+
+def _compared(text: str | None, ablations: bool) -> list[Compared]:
+    """The rows that `--compare` names, each once."""
+    from moeflow.bench import COMPARED
+
+    names = [name.strip() for name in text.split(",")] if text is not None else []
+    for name in names:
+        if name not in COMPARED:
+            raise UsageError(f"--compare {text}: {unknown('row', name, COMPARED)}")
+    if names and ablations:
+        raise UsageError("--compare and --ablations are two tables; ask for one")
+    return [name for name in COMPARED if name in names]
 
 
 def _source(artifact: Path | None, synthetic: str | None, quantization: dict[str, Any]) -> tuple[Artifact, Profile]:

@@ -38,7 +38,14 @@ def probe(
 ) -> None:
     """Measure this machine: GPU, memory, link, disk. The file is shareable; it names no host and no user."""
     from moeflow.console import out, progress_bar
-    from moeflow.console_hardware import show_findings, show_hardware, show_kernels, show_link, show_now
+    from moeflow.console_hardware import (
+        show_cpu_kernels,
+        show_findings,
+        show_hardware,
+        show_kernels,
+        show_link,
+        show_now,
+    )
     from moeflow.probe.machine import probe as measure
     from moeflow.probe.match import known_hardware, match
 
@@ -57,6 +64,7 @@ def probe(
     show_hardware(found, to=out)
     show_link(found, to=out)
     show_kernels(found, to=out)
+    show_cpu_kernels(found, to=out)
     show_now(_now(found, directory), to=out)
     if known := match(found, known_hardware().values()):
         show_findings("in hardware/", [known], to=out)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from moeflow.progress import Progress
-from moeflow.schema import Manifest, Plan, Prediction
+from moeflow.schema import Manifest, Plan, PlannedCpu, Prediction
 from moeflow.schema.layers import written
 from moeflow.schema.units import format_size, three_digits
 
@@ -102,6 +102,7 @@ def show_plan(plan: Plan, to: Console = err) -> None:
         ("runs on", f"{plan.device} in {plan.dtype}, planned for {plan.hardware}"),
         ("cache", f"{k} experts per layer, {plan.policy}; {plan.staging_slots} staging slots"),
         ("guesses", guess if plan.prefetch.depth else "off"),
+        *([("CPU", _cpu_part(plan, plan.cpu))] if plan.cpu else []),
         (
             "device memory",
             f"{format_size(memory.total)} of {format_size(memory.limit)}: "
@@ -116,10 +117,21 @@ def show_plan(plan: Plan, to: Console = err) -> None:
     fact_table(to, f"plan ({plan.strategy})", rows)
 
 
+def _cpu_part(plan: Plan, part: PlannedCpu) -> str:
+    threads = f"{part.threads} thread{'s' if part.threads > 1 else ''}"
+    if plan.execution == "host":
+        exact = "" if part.activations == "fixed16" else f", {part.activations} activations"
+        return f"{threads} for products with packed experts{exact}"
+    if part.fixed:
+        return f"{threads} for all experts"
+    return f"{threads} for {part.share:.0%} of missing bytes at first; then as fast as each side proves"
+
+
 def _prediction_rows(found: Prediction) -> list[tuple[str, str]]:
+    computed = f", {format_size(found.computed_bytes)} computed by the CPU" if found.computed_bytes else ""
     moved = (
-        f"{found.hit_rate:.0%} hits; {format_size(found.missed_bytes + found.guessed_bytes)} over the link and "
-        f"{format_size(found.read_bytes)} read per token"
+        f"{found.hit_rate:.0%} hits; {format_size(found.missed_bytes + found.guessed_bytes)} over the link{computed} "
+        f"and {format_size(found.read_bytes)} read per token"
     )
     prompt = f"{found.prefill.total:.2g} s to the first token of {found.prefill.tokens} that find nothing cached"
     rows = [("prediction", f"{found.speed}: {moved}"), ("prompt", prompt)]

@@ -6,6 +6,7 @@ All figures are `moeflow.planning.explanation`'s; it decides nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from moeflow.console import fact_table, out
 from moeflow.console import grid as table
 from moeflow.planning.explanation import Change, Explanation, Share
 from moeflow.schema import Plan, Prediction
-from moeflow.schema.units import format_size
+from moeflow.schema.units import format_rate, format_size
 
 __all__ = ["sentence", "show_explanation"]
 
@@ -24,7 +25,9 @@ PARTS = {
     "launches": ("launches and small kernels", "the kernels' latency"),
     "misses": ("copies that nothing hides", "the link"),
     "disk": ("reads of missing experts", "the disk"),
+    "cpu": ("waiting for the CPU", "the CPU"),
 }
+SHARED = ("misses, by link and CPU at once", "host memory, which both read,")
 ON_CPU = {"experts": ("computing with experts", "the cores"), "launches": ("the host's work", "the host")}
 
 
@@ -68,7 +71,8 @@ def _show_times(found: Explanation, predicted: Prediction, to: Console) -> None:
     rows = [
         ("between", f"{predicted.low:.3g} and {predicted.high:.3g} tokens/s"),
         ("hits", f"{predicted.hit_rate:.0%}"),
-        ("over the link", f"{format_size(predicted.missed_bytes)} missed{guessed}"),
+        ("over the link", f"{format_size(predicted.missed_bytes)} missed{_at(found, 'link_rate')}{guessed}"),
+        *_computed(found),
         ("hidden", f"{_milliseconds(predicted.hidden)} ms of copies, while it computes"),
         ("read", f"{format_size(predicted.read_bytes)} from device memory"),
         *((("assumed", "; ".join(predicted.assumed)),) if predicted.assumed else ()),
@@ -78,6 +82,19 @@ def _show_times(found: Explanation, predicted: Prediction, to: Console) -> None:
     prefill = predicted.prefill
     title = f"a prompt of {prefill.tokens} tokens: {_milliseconds(prefill.total)} ms"
     _grid(to, title, ("part", "ms", "of longest", ""), _rows(found.prompt, _milliseconds))
+
+
+def _computed(found: Explanation) -> Iterator[tuple[str, str]]:
+    """What the CPU multiplies where it lies."""
+    if found.split and found.plan.cpu:
+        threads = f"{found.plan.cpu.threads} thread{'s' if found.plan.cpu.threads > 1 else ''}"
+        both = ", while both read host memory" if found.split.link_rate else ""
+        yield "by the CPU", f"{format_size(found.split.cpu_nbytes)}{_at(found, 'cpu_rate')} with {threads}{both}"
+
+
+def _at(found: Explanation, which: Literal["link_rate", "cpu_rate"]) -> str:
+    rate = getattr(found.split, which) if found.split else None
+    return f" at {format_rate(rate)}" if rate else ""
 
 
 def _grid(to: Console, title: str, headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
@@ -109,6 +126,8 @@ def _gain(change: Change) -> str:
 
 def _part(plan: Plan, name: str) -> tuple[str, str]:
     """What it is, and what bounds it."""
+    if plan.cpu and plan.execution == "device" and name == "misses":
+        return SHARED
     if plan.execution == "host" and name == "launches":
         return ON_CPU[name]
     return ON_CPU.get(name, PARTS[name]) if plan.device == "cpu" else PARTS[name]

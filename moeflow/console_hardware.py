@@ -12,13 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from moeflow.console import err, fact_table, grid, out
-from moeflow.schema import BusState, HardwareProfile, Pcie
+from moeflow.schema import BusState, CpuKernels, HardwareProfile, Pcie
 from moeflow.schema.units import format_rate, format_size
 
 if TYPE_CHECKING:
     from moeflow.probe.nearest import Finding
 
-__all__ = ["show_findings", "show_hardware", "show_kernels", "show_link", "show_machines", "show_now", "show_sources"]
+__all__ = [
+    "show_cpu_kernels", "show_findings", "show_hardware", "show_kernels", "show_link", "show_machines", "show_now",
+    "show_sources",
+]  # fmt: skip
 
 
 def show_hardware(hardware: HardwareProfile, to: Console = err) -> None:
@@ -77,6 +80,29 @@ def show_kernels(hardware: HardwareProfile, to: Console = err) -> None:
     grid(to, "kernels", ("format", "latency", "rate", "of memory"), rows)
 
 
+def show_cpu_kernels(hardware: HardwareProfile, to: Console = err) -> None:
+    """The CPU's kernels, alone and beside the link; nothing where they were not measured."""
+    kernels, memory = hardware.cpu.kernels, hardware.cpu.memory_bandwidth
+    if kernels is None:
+        return
+    rows = [
+        (name, format_rate(rate), f"{rate / memory:.2f}" if memory else "") for name, rate in kernels.products.items()
+    ]
+    if kernels.joint:
+        rows.append(("beside copies", format_rate(kernels.joint.cpu), ""))
+        rows.append(("copies beside them", format_rate(kernels.joint.link), ""))
+    threads = f"{kernels.threads} thread{'s' if kernels.threads > 1 else ''}"
+    grid(to, f"CPU kernels: {threads}, {kernels.level}", ("format", "rate", "of memory"), rows)
+
+
+def _cpu_kernels(kernels: CpuKernels) -> str:
+    """In one line."""
+    said = [f"{name} {format_rate(rate)}" for name, rate in kernels.products.items()]
+    if kernels.joint:
+        said.append(f"beside copies {format_rate(kernels.joint.cpu)} and {format_rate(kernels.joint.link)}")
+    return f"{kernels.level}, {kernels.threads} threads: {', '.join(said)}"
+
+
 def show_now(rows: Iterable[tuple[str, str]], to: Console = out) -> None:
     """What a machine has at this moment."""
     fact_table(to, "now", rows)
@@ -126,6 +152,7 @@ def show_sources(profile: HardwareProfile, to: Console = out) -> None:
         "link.host_to_device": format_rate,
         "ram_lockable": format_size,
         "cpu.instruction_sets": ", ".join,
+        "cpu.kernels": _cpu_kernels,
         "link.pcie": _bus,
         "link.under_load": _bus,
         "link.by_size": lambda points: ", ".join(f"{format_size(p.nbytes)}: {format_rate(p.engine)}" for p in points),

@@ -69,5 +69,6 @@ class CompiledKernels(BuildHookInterface):
         try:
             cpp_build.build(target, os.environ.get("CXX"))
         except Exception as error:  # whatever it is, moeflow is installed without its CPU kernels
-            return " ".join(str(error).split())
+            first, *rest = str(error).splitlines() or [repr(error)]
+            return " ".join([first, *[line.strip() for line in rest if "error" in line][:1]])
         return None

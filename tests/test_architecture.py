@@ -21,7 +21,7 @@ LAYERS = [
     {"artifact", "probe"},
     {"offload"},
     {"model", "planning"},
-    {"assembly", "decoding", "sensitivity"},
+    {"assembly", "cpu_calibration", "decoding", "sensitivity"},
     {"generation", "output_errors", "text"},
     {"choice", "engine"},
     {"bench", "pipeline", "recording"},

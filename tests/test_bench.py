@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from moeflow.artifact.random_weights import RandomArtifact
-from moeflow.bench import Settings, run_rows
-from moeflow.errors import UsageError
+from moeflow.bench import Settings, measure_limits, run_rows
+from moeflow.errors import DocumentError, UsageError
 from moeflow.pipeline import resolve_hardware
-from moeflow.schema import Profile
+from moeflow.schema import BenchmarkRow, Profile
 
 CONFIG = {
     "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
@@ -62,12 +62,40 @@ def test_rows_count_what_was_moved(execution: str) -> None:
     assert hits.hit_rate == 1.0 and hits.missed_bytes == 0
 
 
+def test_compared_rows_differ_in_who_takes_the_experts_and_share_everything_else() -> None:
+    emulator = pytest.importorskip("emulator.launcher")
+    if not emulator.available():
+        pytest.skip("no g++")
+    source = artifact()
+    chosen = settings("device", compare=("cpu", "link", "both"), launcher=emulator.EmulatedLauncher())
+    cpu, link, both = run_rows(source, resolve_hardware("cpu-2-cores"), chosen)
+    assert [row.experts_on for row in (cpu, link, both)] == ["cpu", "link", "both"]
+    assert (cpu.k, link.k, both.k) == (0, 4, 4)
+    assert link.computed_bytes is None and link.cpu_share is None
+    assert cpu.computed_bytes is not None and both.computed_bytes is not None
+    assert (cpu.tokens, cpu.prompt_tokens, cpu.routing) == (link.tokens, link.prompt_tokens, link.routing)
+    settings_that_differ = {"k", "experts_on", "note"}
+    asked = BenchmarkRow.model_fields.keys() - settings_that_differ
+    asked = {n for n in asked if BenchmarkRow.model_fields[n].is_required()}
+    assert all(getattr(link, name) == getattr(both, name) for name in asked)
+
+
+def test_limits_have_what_the_host_reads() -> None:
+    limits = measure_limits()
+    assert limits.host_read and limits.host_read == limits.memory_bandwidth  # without a GPU they are one
+
+
 def test_settings_that_contradict_each_other() -> None:
     machine = resolve_hardware("cpu-2-cores")
     with pytest.raises(UsageError, match="--recall is of forced guesses"):
         next(run_rows(artifact(), machine, settings("host", routing="model", recall=0.5)))
     with pytest.raises(UsageError, match="--trace FILE"):
         next(run_rows(artifact(), machine, settings("host", routing="recorded")))
+    with pytest.raises(UsageError, match="--compare is of CPU and link beside a GPU"):
+        next(run_rows(artifact(), machine, settings("host", compare=("cpu", "both"))))
+    h100 = resolve_hardware("h100-80gb")
+    with pytest.raises(DocumentError, match=r"cpu\.experts is on; beside a GPU that needs the device to drive"):
+        next(run_rows(artifact(), h100, settings("host", compare=("both",))))
 
 
 def test_the_command_prints_a_table_and_a_line_of_json(
@@ -87,3 +115,8 @@ def test_the_command_prints_a_table_and_a_line_of_json(
     assert json.loads(record.read_text())["rows"] == last["rows"]
     code, _, err = moe("bench")
     assert code == 2 and "--synthetic" in err
+    for wrong, said in (("cpu,gpu", "unknown row 'gpu'; known: both, cpu, link"), ("", "unknown row ''")):
+        code, _, err = moe("bench", "--synthetic", str(config), "--compare", wrong)
+        assert code == 2 and said in err
+    code, _, err = moe("bench", "--synthetic", str(config), "--compare", "both", "--ablations")
+    assert code == 2 and "--compare and --ablations are two tables; ask for one" in err

@@ -63,6 +63,23 @@ def test_a_profile_is_planned_and_taken_apart(explain: Run, profile: Path) -> No
     assert bars["copies"] == round(24 * next(p["share"] for p in document["token"] if p["name"] == "misses"))
 
 
+def test_a_split_is_shown_with_the_rates_of_both(explain: Run, tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text("model: mixtral-8x7b\nhardware: rtx-3090\ncache: {experts_per_layer: 3}\ncpu: {experts: on}\n")
+    code, out, _ = explain(path)
+    document = json.loads(explain(path, "--json")[1])
+    split = document["split"]
+    assert code == 0
+    assert split["cpu_nbytes"] == document["plan"]["prediction"]["computed_bytes"]
+    said = " ".join(out.split())
+    assert f"missed at {split['link_rate'] / 1e9:.3g} GB/s" in said
+    assert f"at {split['cpu_rate'] / 1e9:.3g} GB/s with 7 threads, while both read host memory" in said
+    shown = [milliseconds(out, part) for part in ("misses, by link and CPU at once", "waiting for the CPU")]
+    decode = document["plan"]["prediction"]["decode"]
+    assert shown == [pytest.approx(1e3 * decode[name], rel=0.01) for name in ("misses", "cpu")]
+    assert document["bound"] == "misses" and "host memory, which both read, bounds the speed" in said
+
+
 def test_an_artifact_knows_what_would_help_and_its_plan_alone_does_not(explain: Run, artifact: Path) -> None:
     code, out, _ = explain(artifact, "--json")
     whole = json.loads(out)

@@ -122,7 +122,7 @@ def bench(path: Path, model: str, bits: int, k: int, output: Path) -> None:
         prefetch = {"predictor": predictor, **({"depth": 0} if predictor == "none" else {})}
         profile = Profile.parse(
             {"model": model, "quantization": quantization, "context_length": 2048, "cache": {"policy": policy},
-             "prefetch": prefetch},
+             "prefetch": prefetch, "cpu": {"experts": "off"}},
             "foresight",
         )  # fmt: skip
         made = partial(forced, noted, policy, predictor)

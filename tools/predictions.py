@@ -101,6 +101,7 @@ def settings_of(group: Group, case: Case) -> Settings:
         {
             "model": group.model,
             "quantization": quantization,
+            "cpu": {"experts": "off"},  # the link alone brings what misses
             "context_length": 1024,
             "cache": {"policy": case.policy},
             "memory": {"vram": group.vram},

@@ -1,8 +1,9 @@
 """The rows that moeflow's performance targets are about, in one process on one GPU, with what each must reach.
 
 Run on a CUDA device with 24 GiB of free host memory: `python tools/targets.py`, about four minutes; names given as
-arguments choose sets of rows. Every set is a model in random weights; a set's rows share its blobs. The figures are
-those of `moeflow bench`, which measures one set with any settings. Targets are for one H100 on PCIe 5 x16.
+arguments choose sets of rows. Every set is a model in random weights; a set's rows share its blobs, and misses travel.
+The figures are those of `moeflow bench`, which measures one set with any settings. Targets are for one H100 on PCIe 5
+x16.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ SETS = {
 def rows_of(rows: Rows, hardware: HardwareProfile) -> list[BenchmarkRow]:
     scheme = {"backend": "hqq", "bits": rows.bits, "group_size": rows.group, "metadata_bits": rows.metadata}
     quantization = {"experts": scheme, "attention": {"backend": "hqq", "bits": 4, "group_size": 64}}
-    profile = Profile.parse({"model": rows.model, "quantization": quantization, "context_length": 1024}, "targets")
+    asked = {"model": rows.model, "quantization": quantization, "context_length": 1024, "cpu": {"experts": "off"}}
+    profile = Profile.parse(asked, "targets")
     artifact = RandomArtifact(architecture(rows.model), profile.quantization, rows.model)
     return list(run_rows(artifact, hardware, Settings(profile, experts_per_layer=rows.k, **rows.settings)))
 

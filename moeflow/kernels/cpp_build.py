@@ -1,50 +1,88 @@
-"""The CPU kernels' shared library, compiled from `cpp/` by g++ or clang++.
+"""Compiles the CPU's kernels, `cpp/*.cpp`, into one shared library: needs a C++ compiler and nothing else.
 
-Standard library only and no import of moeflow: the build hook loads this file by its path, where torch and moeflow are
-not installed. It neither decides whether the library is wanted nor loads it: that is `scripts/build_hook.py` and
-`library.py`. By hand, in a checkout: `python moeflow/kernels/cpp_build.py`.
+The standard library only, since a build hook runs it before anything is installed. Every file has the flags of its own
+level of instructions; which level runs is decided by the machine that loads the library (`cpp/levels.cpp`), so that one
+library serves all x86-64 machines. What it needs of libstdc++ and libgcc is inside it.
 """
 
 from __future__ import annotations
 
-import shlex
+import os
+import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-__all__ = ["build"]
+__all__ = ["COMPILERS", "SOURCE", "UNITS", "build"]
 
-HERE = Path(__file__).parent
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off"]
-FLAGS += ["-static-libstdc++", "-static-libgcc"]  # only the C library is asked of a machine
+SOURCE = Path(__file__).parent / "cpp"
+COMPILERS = ("g++", "clang++")
+
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+UNITS: dict[str, tuple[str, ...]] = {
+    "rows_vnni.cpp": (*AVX512, "-mavx512vnni"),
+    "rows_avx512.cpp": AVX512,
+    "rows_avx2.cpp": AVX2,
+    "rows_portable.cpp": ("-O2",),
+    "prepare.cpp": (),
+    "levels.cpp": (),
+    "api.cpp": (),
+    "crew.cpp": (),
+}
+"""Each file, those that take longest first, and its own flags."""
+
+# Without contraction: where a product and a sum are one operation is said by the source.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-fno-exceptions",
+         "-fno-rtti", "-fPIC", "-fvisibility=hidden", "-pthread")  # fmt: skip
+LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
 
 
 def build(target: Path, compiler: str | None = None) -> None:
-    """Compile all units into `target`, which is replaced as a whole: a process that has the old file open keeps it.
+    """Compile and link the library; `target` is replaced when all has gone well.
 
     Args:
-        target: the shared library's file.
-        compiler: a command such as `clang++` or `ccache g++`; None for the first of g++ and clang++ that is there.
+        target: the library's file.
+        compiler: command of g++ or clang++; None: `CXX` of the environment, or the first that is found.
 
     Raises:
-        RuntimeError: no compiler, or its first complaint.
+        RuntimeError: there is no compiler, or it refuses a file; the message holds what it says.
+        OSError: the library cannot be written.
     """
-    command = shlex.split(compiler or next(filter(shutil.which, ("g++", "clang++")), ""))
-    if not command:
-        raise RuntimeError("no C++ compiler was found (g++ or clang++)")
-    units = sorted((HERE / "cpp").glob("*.cpp"))
-    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-        made = Path(directory) / target.name
+    command = compiler or os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+    if command is None:
+        raise RuntimeError(f"there is no C++ compiler: none of {', '.join(COMPILERS)} is on the path")
+    with tempfile.TemporaryDirectory(prefix="moeflow-build-") as place, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda unit: _compile(command, Path(place), *unit), _units().items()))
+        handle, part = tempfile.mkstemp(prefix=f"{target.name}.", suffix=".part", dir=target.parent)
+        os.close(handle)
         try:
-            done = subprocess.run([*command, *FLAGS, *units, "-o", made], capture_output=True, text=True)
-        except OSError as error:
-            raise RuntimeError(f"the C++ compiler {command[0]} could not be run: {error.strerror}") from error
-        if done.returncode:
-            lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-            raise RuntimeError(f"{command[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
-        made.replace(target)
+            _call(command, *LINK, *objects, "-o", part)
+            Path(part).chmod(0o755)
+            Path(part).replace(target)
+        finally:
+            Path(part).unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
-    build(HERE / "_cpu.so")
+def _units() -> dict[str, tuple[str, ...]]:
+    """Those for this machine's architecture."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return UNITS
+    return {name: flags for name, flags in UNITS.items() if not any(flag.startswith("-m") for flag in flags)}
+
+
+def _compile(command: str, place: Path, name: str, flags: tuple[str, ...]) -> Path:
+    target = place / f"{name}.o"
+    _call(command, *FLAGS, *flags, "-c", SOURCE / name, "-o", target)
+    return target
+
+
+def _call(command: str, *arguments: str | Path) -> None:
+    try:
+        result = subprocess.run([*command.split(), *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"the C++ compiler {command} does not run: {error}") from error
+    if result.returncode:
+        raise RuntimeError(f"{command} failed with {result.returncode}:\n{result.stderr.strip()}")

@@ -17,7 +17,7 @@ from moeflow.kernels.dequantize import NF4_CODEBOOK
 from moeflow.kernels.launcher import Launcher
 from moeflow.schema import BitsAndBytesScheme, HqqScheme, PackedMatrix
 
-__all__ = ["DTYPES", "Format", "Gate", "Gemv", "Jobs", "Prepared", "MOST_TOKENS", "unsupported"]
+__all__ = ["DTYPES", "Format", "Gate", "Gemv", "Jobs", "Prepared", "ROW_STEP", "Rows", "MOST_TOKENS", "unsupported"]
 
 MOST_TOKENS = 8
 """Vectors that share one reading of a matrix."""
@@ -71,6 +71,25 @@ class Jobs:
     """Consecutive choices that read the same vector."""
     starts: Tensor | None = None
     lists: Tensor | None = None
+    source: int | None = None
+    """Where the matrices lie instead of in `pool`, as far apart: an address as the device sees it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of each choice's result are computed; of one token."""
+
+    begin: Tensor | None = None
+    """int32 [J], multiples of `ROW_STEP`; None: all from the first."""
+    end: Tensor | None = None
+    """int32 [J], multiples of `ROW_STEP` or all rows; None: all to the last."""
+    only_if: Tensor | None = None
+    """int32 [1]: 0 where nothing is computed at all; None: always."""
+
+
+ROW_STEP = 64
+"""Rows of a warp divide it."""
+ALL_ROWS = Rows()
 
 
 def unsupported(matrix: PackedMatrix) -> str | None:
@@ -189,7 +208,10 @@ class Gemv:
         """Macros that name the packed format."""
         return self._format.defines
 
-    def multiply(self, x: Prepared, jobs: Jobs, tokens: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    def multiply(
+        self, x: Prepared, jobs: Jobs, tokens: int = 1, dtype: torch.dtype = torch.float32, which: Rows = ALL_ROWS,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """W @ x for every choice.
 
         Args:
@@ -197,12 +219,16 @@ class Gemv:
             jobs: which matrices.
             tokens: the most choices that a matrix serves.
             dtype: of the result; sums are float32 in any case.
+            which: rows that are computed; the others of `out` are left as they are.
+            out: where the result goes; None: a new tensor.
 
         Returns:
             [choices, N].
         """
         rows, columns = self.matrix.rows, self.matrix.columns
-        out = torch.empty(jobs.choices, rows, dtype=dtype, device=x.pieces.device)
+        if out is None:
+            out = torch.empty(jobs.choices, rows, dtype=dtype, device=x.pieces.device)
+        assert tokens == 1 or which is ALL_ROWS, "rows are chosen for one token"
         assert tokens > 1 or jobs.share in (1, jobs.choices), "one token's choices share its vector, or have one each"
         together = 1 if jobs.starts is None else min(MOST_TOKENS, 1 << (tokens - 1).bit_length())
         per_warp, threads = self._share(together, jobs.choices)
@@ -222,8 +248,9 @@ class Gemv:
         grid = (-(-rows // per_block), count, 1)
         stride = jobs.pool.shape[1]
         kernel(
-            grid, threads, jobs.pool, stride, jobs.buffers, jobs.starts, jobs.lists, jobs.share, *self._offsets,
-            self._codebook, x.pieces, x.scales, x.sums, out, rows,
+            grid, threads, jobs.pool if jobs.source is None else jobs.source, stride, jobs.buffers, jobs.starts,
+            jobs.lists, jobs.share, *self._offsets, self._codebook, x.pieces, x.scales, x.sums, out, rows, which.begin,
+            which.end, which.only_if,
         )  # fmt: skip
         return out
 

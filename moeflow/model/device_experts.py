@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeflow.kernels.gemv import DTYPES, MOST_TOKENS, Gate, Gemv, Jobs, unsupported
+from moeflow.kernels.gemv import DTYPES, MOST_TOKENS, Gate, Gemv, Jobs, Prepared, unsupported
 from moeflow.kernels.junction import ExpertSum
 from moeflow.kernels.launcher import Launcher
 from moeflow.model.deferred import Deferred
@@ -23,9 +23,10 @@ from moeflow.model.experts import ExpertRunner
 from moeflow.model.inputs import Inputs
 from moeflow.model.recorder import Recorder
 from moeflow.model.routes import ForcedRoutes
-from moeflow.offload.device import DeviceCache
+from moeflow.offload.device import DeviceCache, Found
 from moeflow.offload.lanes import Lanes, Mark
 from moeflow.offload.predictor import Guesser, Keeper
+from moeflow.offload.sharing import Sharing
 from moeflow.schema import Manifest
 
 __all__ = ["DeviceRunner", "gate_of", "unsupported_layout"]
@@ -75,6 +76,8 @@ class DeviceRunner:
         self.recorder: Recorder | None = None
         self.keeper: Keeper | None = None
         """Of the policy `learned`."""
+        self.sharing = cache.splits if isinstance(cache.splits, Sharing) else None
+        """Who computes what is left to the CPU."""
         self.inputs = Inputs()
         """What packed products share; the model's."""
         self.deferring: Callable[[], bool] = bool
@@ -105,10 +108,11 @@ class DeviceRunner:
             self._guess.wait()
             self._guess = self._shown = None
         found = cache.find(layer, top_k_index.to(torch.int64).contiguous(), tokens)
+        shared = found.split is not None
         with lanes.copies():
-            cache.copy(layer, 0)
+            cache.copy(layer, 0, shared)
             gate_up_here = lanes.mark()
-            cache.copy(layer, 1)
+            cache.copy(layer, 1, shared)
             down_here = lanes.mark()
         self._guess_next(layer, hidden_states)
         gate_up, down = self._gemvs[self._manifest.layers[layer].layout]
@@ -116,12 +120,31 @@ class DeviceRunner:
         choices = top_k_index.numel()
         jobs = Jobs(found.pool, buffers, choices, choices // tokens, found.starts, found.lists)
         x = self.inputs.prepare(gate_up, hidden_states)
-        gate_up_here.wait()
-        product = gate_up.multiply(x, jobs, tokens)  # [T * K, 2I]
+        product = self._product(layer, 0, gate_up, x, jobs, tokens, found, gate_up_here)  # [T * K, 2I]
         gated = self._gated(module, down, product, hidden_states.dtype)
         jobs = Jobs(found.pool, buffers, choices, 1, found.starts, found.lists)
-        down_here.wait()
-        return self._sum(down.multiply(gated, jobs, tokens), weights, hidden_states)
+        results = self._product(layer, 1, down, gated, jobs, tokens, found, down_here)  # [T * K, H]
+        return self._sum(results, weights, hidden_states)
+
+    def _product(
+        self, layer: int, half: int, gemv: Gemv, x: Prepared, jobs: Jobs, tokens: int, found: Found, here: Mark
+    ) -> Tensor:
+        """One half of all chosen experts, once what the link brings is `here`.
+
+        Where the CPU has a share: cached experts meanwhile, then the rows that were brought, and the CPU's own; rows
+        that it owes are computed from host memory. A launch that has nothing to compute ends at once.
+        """
+        split, sharing = found.split, self.sharing
+        if split is None or sharing is None:
+            here.wait()
+            return gemv.multiply(x, jobs, tokens)
+        sharing.post(layer, half, split, x)
+        out = gemv.multiply(x, jobs, which=split.early(half))
+        here.wait()
+        gemv.multiply(x, jobs, which=split.brought(half), out=out)
+        sharing.collect(layer, half, split, out)
+        gemv.multiply(x, sharing.overdue(layer, jobs, split), which=sharing.taken(half, split), out=out)
+        return out
 
     def _gated(self, module: Any, down: Gemv, product: Tensor, dtype: torch.dtype) -> Any:
         gate = gate_of(module)

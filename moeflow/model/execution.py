@@ -34,6 +34,7 @@ from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache, MakeMover
 from moeflow.offload.in_place import InPlace
 from moeflow.offload.link import Link
+from moeflow.offload.sharing import Sharing
 from moeflow.offload.store import HostStore
 from moeflow.offload.stream import LayerStream
 from moeflow.offload.traffic import Traffic
@@ -151,7 +152,10 @@ class DeviceExecution:
             raise DeviceError(store.refused)
         self._top_k = top_k = manifest.model.top_k
         sources = [store.address(layer) for layer in range(len(manifest.layers))]
-        self._cache = DeviceCache(manifest, plan, launcher, sources, device, mover)
+        self._unshared: str | None = None
+        self.sharing = self._sharing(manifest, plan, store, launcher, sources, device)
+        """What the CPU computes beside the device."""
+        self._cache = DeviceCache(manifest, plan, launcher, sources, device, mover, self.sharing)
         if self._cache.most_choices < top_k:
             raise DeviceError(f"{plan.staging_slots} landing buffers; one step needs {top_k + self._cache.guesses}")
         dtype: torch.dtype = getattr(torch, plan.dtype)
@@ -167,6 +171,22 @@ class DeviceExecution:
         self._lease: StaticKv | None = None
         self._model: Any = None
 
+    def _sharing(
+        self, manifest: Manifest, plan: Plan, store: HostStore, launcher: Launcher, sources: Sequence[int],
+        device: torch.device,
+    ) -> Sharing | None:  # fmt: skip
+        """The CPU's part, if it is to have one and can."""
+        if plan.cpu is None:
+            return None
+        blobs = [store.view(layer, 0) for layer in range(len(manifest.layers))]
+        try:
+            return Sharing(manifest, plan.cpu, launcher, blobs, sources, device)
+        except DeviceError as error:
+            if plan.cpu.fixed:
+                raise
+            self._unshared = f"the link brings all that is missing: {error}"
+            return None
+
     @property
     def traffic(self) -> Traffic:
         """What the link carried since the start; waits for the device."""
@@ -174,13 +194,17 @@ class DeviceExecution:
 
     @property
     def problem(self) -> str | None:
-        """Why the copy engine is not used as it was to be."""
-        return self._cache.mover.problem if self._cache.mover else self._cache.alone
+        """Why the CPU or the copy engine is not used as it was to be."""
+        if self.sharing:
+            return self.sharing.problem
+        return self._unshared or (self._cache.mover.problem if self._cache.mover else self._cache.alone)
 
     def close(self) -> None:
-        """End the thread that feeds the copy engine; nothing may be under way."""
+        """End the threads beside the device; nothing may be under way."""
         if self._cache.mover:
             self._cache.mover.close()
+        if self.sharing:
+            self.sharing.close()
 
     @property
     def wasted_bytes(self) -> int:
@@ -226,6 +250,8 @@ class DeviceExecution:
         """A step begins, as a graph or operation by operation."""
         if self._cache.mover:
             self._cache.mover.begin(hand_over=replayed or self._device.type != "cuda")
+        if self.sharing:
+            self.sharing.begin()
 
     def _counted(self, tokens: int) -> None:
         """A pass of so many tokens was computed, and is part of a text."""

@@ -23,6 +23,7 @@ from moeflow.kernels.launcher import Kernel, Launcher
 from moeflow.offload.mover import Blobs, Mover
 from moeflow.offload.policy import FADING, Rule, growth
 from moeflow.offload.pools import Pool, Residents
+from moeflow.offload.splits import Split, Splits
 from moeflow.offload.traffic import Traffic
 from moeflow.schema import Manifest, Plan
 
@@ -36,6 +37,7 @@ LOCAL_BLOCKS = 256  # within the device: two a multiprocessor keep its memory bu
 LOCAL_WARPS = LOCAL_BLOCKS * COPY_THREADS // 32
 STATE = 8  # integers of a layer; cache.cu's
 ALONE = (None, None, None, 0)  # of copy.cu's `copy`: nothing is handed over
+UNSHARED = (None, None, None, 0, 0)  # of cache.cu's `lookup`: the link brings all
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Found:
     starts: Tensor | None
     lists: Tensor | None
     """For several tokens: the distinct experts' buffers, and which choices each serves."""
+    split: Split | None
+    """Of one token: what is computed where, if the CPU has a share."""
 
 
 class DeviceCache:
@@ -62,12 +66,14 @@ class DeviceCache:
         sources: address of each layer's first blob in page-locked memory, as the device sees it.
         device: where the slots are.
         mover: makes what has large copies brought by the copy engine; None leaves them all to kernels.
+        splits: leave a part of what a token misses to the CPU; then kernels make all copies.
     """
 
     def __init__(
         self, manifest: Manifest, plan: Plan, launcher: Launcher, sources: Sequence[int], device: torch.device,
-        mover: MakeMover | None = None,
+        mover: MakeMover | None = None, splits: Splits | None = None,
     ):  # fmt: skip
+        self.splits = splits
         self._manifest = manifest
         self._launcher = launcher
         self._sources = sources
@@ -112,7 +118,8 @@ class DeviceCache:
         """Why there is no mover although there was to be one."""
         try:
             scarce = any(n < entry.experts for n, entry in zip(plan.cache_slots, manifest.layers, strict=True))
-            self.mover = mover([self._blobs(i) for i in range(layers)], most) if mover and scarce else None
+            feeds = mover and scarce and splits is None  # beside the CPU the link is no longer what all wait for
+            self.mover = mover([self._blobs(i) for i in range(layers)], most) if mover and feeds else None
         except DeviceError as error:
             self.alone = f"kernels copy what the copy engine could, a tenth slower: {error}"
         if self.mover:
@@ -132,6 +139,8 @@ class DeviceCache:
         """Start with a cold cache; nothing may be under way."""
         if self.mover:
             self.mover.reset()
+        if self.splits:
+            self.splits.reset()
         self._buffers.fill_(-1)
         self._guesses.fill_(-1)
         for table in (self._stamps, self._counts, self._state, self._progress):
@@ -149,6 +158,8 @@ class DeviceCache:
         """Start counting anew."""
         self._uses.zero_()
         self._bytes.zero_()
+        if self.splits:
+            self.splits.computed.zero_()
 
     # -- one step of one layer ----------------------------------------------------------------------------
 
@@ -157,35 +168,47 @@ class DeviceCache:
         count = chosen.numel()
         assert count <= max(1, self.most_choices), "more choices than landing buffers"
         places = torch.empty(count, dtype=torch.int32, device=self.device)
-        lists: tuple[Tensor | None, ...] = (None, None, None)
+        lists: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if tokens > 1:
-            sizes = (count, count + 1, count)
-            lists = tuple(torch.empty(n, dtype=torch.int32, device=self.device) for n in sizes)
-            lists[0].zero_()  # type: ignore[union-attr]  # buffers beyond the distinct ones are never read
+            buffers, starts, order = (
+                torch.empty(n, dtype=torch.int32, device=self.device) for n in (count, count + 1, count)
+            )
+            lists = (buffers.zero_(), starts, order)  # buffers beyond the distinct ones are never read
         jobs, job_count = self._jobs[layer], self._job_count[layer : layer + 1]
-        self._lookup(layer, chosen.reshape(-1), self._uses[layer], jobs, job_count, places, *lists)
-        return Found(self._pool(layer).memory, places, *lists)
+        splits = self.splits if tokens == 1 else None
+        self._lookup(layer, chosen.reshape(-1), self._uses[layer], jobs, job_count, places, *lists, splits=splits)
+        return Found(self._pool(layer).memory, places, *lists, splits.split(count) if splits else None)
 
     def _lookup(
         self, layer: int, chosen: Tensor, uses: Tensor, jobs: Tensor, job_count: Tensor, places: Tensor,
-        *lists: Tensor | None,
+        *lists: Tensor | None, splits: Splits | None = None,
     ) -> None:  # fmt: skip
         pool = self._pool(layer)
+        shared = splits.lookup_arguments(layer) if splits else UNSHARED
         self._kernel("cache.cu", "lookup")(
             1, 32, chosen, chosen.numel(), self._buffers[layer], self._stamps[layer], self._counts[layer],
             self._state[layer], uses, pool.ring, pool.state, len(pool.ring), self._guesses[layer],
-            self._stop[layer : layer + 1], jobs, job_count, places, *lists, self._scores[layer],
+            self._stop[layer : layer + 1], jobs, job_count, places, *lists, self._scores[layer], *shared,
         )  # fmt: skip
 
     def judge(self, layer: int, scores: Tensor) -> None:
         """How soon each expert [E] of a layer will be used again, the greater the sooner; before `find` and `warm`."""
         self._scores[layer] = scores  # read where it lies: a copy would be one more launch
 
-    def copy(self, layer: int, half: int) -> None:
-        """Copy gate and up (`half` 0) or down (1, right behind 0) of what `find` missed, in the current stream."""
+    def copy(self, layer: int, half: int, shared: bool = False) -> None:
+        """Copy gate and up (`half` 0) or down (1, right behind 0) of what `find` missed, in the current stream.
+
+        `shared`: as far as it is not the CPU's.
+        """
         pool = self._pool(layer)
         split, pieces = self._gate_up_pieces[layer], pool.memory.shape[1] // PIECE
         first, last = (0, split) if half == 0 else (split, pieces)
+        if shared and self.splits:
+            self.splits.copy(
+                layer, half, pool.memory, self._jobs[layer], self._job_count[layer : layer + 1], self._progress[layer],
+                (first, last), self._bytes[layer], self._defines(follows=half),
+            )  # fmt: skip
+            return
         mover = self.mover
         if mover and half == 0:
             self._hand_over(mover, layer, split, pieces)
@@ -264,20 +287,22 @@ class DeviceCache:
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """What is looked up and copied inside leaves no trace in the counts."""
-        uses, nbytes = self._uses.clone(), self._bytes.clone()
+        tables = [self._uses, self._bytes, *([self.splits.computed] if self.splits else [])]
+        before = [table.clone() for table in tables]
         try:
             yield
         finally:
-            self._uses.copy_(uses)
-            self._bytes.copy_(nbytes)
+            for table, values in zip(tables, before, strict=True):
+                table.copy_(values)
 
     def count(self, traffic: Traffic) -> Traffic:
         """`traffic` with what the device has counted since the start in place of its own figures."""
         hits, misses, guesses, used = self._uses.sum(0).tolist()
         missed, guessed, _ = self._bytes.sum(0).tolist()
+        computed = int(self.splits.computed.sum()) if self.splits else 0
         return replace(
             traffic, hits=hits, misses=misses, guesses=guesses, guesses_used=used, missed_bytes=missed,
-            guessed_bytes=guessed,
+            guessed_bytes=guessed, computed_bytes=computed,
         )  # fmt: skip
 
     @property
@@ -290,11 +315,21 @@ class DeviceCache:
         return self._classes[self._manifest.layers[layer].layout]
 
     def _kernel(self, source: str, name: str, warps: int = WARPS, follows: int = 0) -> Kernel:
+        return self._launcher.kernel(source, name, self._defines(warps, follows))
+
+    def _defines(self, warps: int = WARPS, follows: int = 0) -> dict[str, int | str]:
         policy = self._rule.name
         lfu = int(policy == "lfu")
-        defines = {"EXPERTS": self._experts, "GUESSES": max(1, self.guesses), "WARPS": warps, "LFU": lfu}
+        defines: dict[str, int | str] = {
+            "EXPERTS": self._experts,
+            "GUESSES": max(1, self.guesses),
+            "WARPS": warps,
+            "LFU": lfu,
+        }
+        if self.splits:
+            defines["SHARED"] = 1
         if policy in ("mix", "static", "learned"):
             defines[policy.upper()] = 1
         if follows:
             defines["FOLLOWS"] = 1
-        return self._launcher.kernel(source, name, defines)
+        return defines

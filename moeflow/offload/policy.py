@@ -47,6 +47,12 @@ class CachePolicy(Protocol):
     def admit(self, expert: int) -> int | None:
         """Keep `expert` and return who leaves: None while there is room, `expert` itself at capacity 0."""
 
+    def see(self, expert: int) -> None:
+        """Note the use of an expert that is not kept and does not come in."""
+
+    def wish(self, expert: int) -> float:
+        """What an expert that is not kept would be kept for, the greater the more."""
+
 
 class LruPolicy:
     """Least recently used leaves (paper, section 3.1)."""
@@ -72,6 +78,14 @@ class LruPolicy:
             del self._order[victim]
         self._order[expert] = None
         return victim
+
+    def see(self, expert: int) -> None:
+        """Only kept experts have an order."""
+
+    def wish(self, expert: int) -> float:
+        """The same for all."""
+        del expert
+        return 0.0
 
 
 class _Scored:
@@ -105,6 +119,14 @@ class _Scored:
             del self._kept[victim]
         self._kept[expert] = None
         return victim
+
+    def see(self, expert: int) -> None:
+        """Note the use of an expert that does not come in."""
+        self._note(expert)
+
+    def wish(self, expert: int) -> float:
+        """Its score."""
+        return self._scores.get(expert, 0.0)
 
     def _note(self, expert: int) -> None:
         raise NotImplementedError
@@ -174,6 +196,13 @@ class StaticPolicy:
         self._kept.add(expert)
         return None
 
+    def see(self, expert: int) -> None:
+        """Use changes nothing."""
+
+    def wish(self, expert: int) -> float:
+        """Whether it is of the set."""
+        return float(expert in self._hot)
+
 
 class LearnedPolicy:
     """Whoever scores least leaves; scores come from outside, before each step, and say who will be used again soon.
@@ -212,6 +241,14 @@ class LearnedPolicy:
         victim = min(self._kept, key=lambda e: (self._worth(e), e))
         self._kept.remove(victim)
         return victim
+
+    def see(self, expert: int) -> None:
+        """Note the use of an expert that does not come in."""
+        self.touch(expert)
+
+    def wish(self, expert: int) -> float:
+        """Its score and its share."""
+        return self._worth(expert)
 
     def _worth(self, expert: int) -> float:
         return (self._scores[expert] if self._scores else 0.0) + SHARE * self._shares.get(expert, 0.0)

@@ -1,4 +1,4 @@
-"""Counts of what the link carried and why; the basis of every statistic that moeflow prints."""
+"""Counts of what the link carried and why, and of what the CPU computed instead: the basis of printed statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Traffic:
     streamed_bytes: int = 0
     """Copied in whole layers: prefill, and the naive strategy."""
     computed_bytes: int = 0
-    """Multiplied by the CPU where they lay, instead of being copied."""
+    """Missed and not copied: multiplied by the CPU where they lie."""
 
     @property
     def uses(self) -> int:

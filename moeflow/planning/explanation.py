@@ -13,6 +13,7 @@ from typing import Any
 
 from moeflow.planning.cost import Running, predict
 from moeflow.planning.sizes import ModelSizes
+from moeflow.planning.split import Split, faster_cpu, faster_joint_link, other_splits, split_of
 from moeflow.schema import HardwareProfile, Plan, Prediction
 
 __all__ = ["Change", "Explanation", "Share", "explain", "running_of"]
@@ -60,6 +61,8 @@ class Explanation:
     """Seconds of a prompt's parts, which overlap."""
     bound: str
     """The token's largest part."""
+    split: Split | None
+    """Of what misses; None where the CPU takes nothing of it."""
     changes: tuple[Change, ...]
     """What would help, most first; nothing that gains less than half a percent."""
     unknown: str
@@ -97,6 +100,7 @@ def explain(plan: Plan, sizes: ModelSizes | None = None, hardware: HardwareProfi
     prompt: dict[str, float] = {}
     if found:
         token = {name: getattr(found.decode, name) for name in ("dense", "experts", "launches", "misses", "disk")}
+        token |= {"cpu": found.decode.cpu} if found.decode.cpu else {}
         prompt = {name: getattr(found.prefill, name) for name in ("link", "compute", "disk")}
     changes, unknown = _helpful(plan, sizes, hardware)
     return Explanation(
@@ -106,6 +110,7 @@ def explain(plan: Plan, sizes: ModelSizes | None = None, hardware: HardwareProfi
         token=_shares(token, sum(token.values())),
         prompt=_shares(prompt, max(prompt.values(), default=0.0)),
         bound=max(token, key=token.__getitem__) if token else "",
+        split=split_of(plan, running_of(plan), sizes, hardware),
         changes=changes,
         unknown=unknown,
     )
@@ -150,8 +155,12 @@ def _changed(
         needed = sum((n - k) * layer.blob_nbytes for n, k, layer in added)
         yield "one more expert cached in each layer", predict(sizes, hardware, replace(running, slots=more)), needed, 0
     yield from _elsewhere(plan, sizes, hardware, running, has)
+    for what, then in other_splits(plan, sizes, hardware, running):
+        yield what, then, 0, 0
     yield "twice the link's rate", predict(sizes, _faster_link(hardware), running), 0, 0
     yield "twice the device memory's rate", predict(sizes, _faster_memory(hardware), running), 0, 0
+    if plan.device == "cuda" and plan.cpu:
+        yield "twice the host memory's rate", predict(sizes, faster_cpu(hardware), running), 0, 0
     if hardware.disk and plan.disk_nbytes:
         disk = hardware.disk.model_copy(update={"read": 2 * hardware.disk.read})
         yield "twice the disk's rate", predict(sizes, hardware.model_copy(update={"disk": disk}), running), 0, 0
@@ -177,16 +186,16 @@ def _faster_link(hardware: HardwareProfile) -> HardwareProfile:
         for point in link.by_size
     )
     faster = link.model_copy(update={"host_to_device": 2 * link.host_to_device, "by_size": points})
-    return hardware.model_copy(update={"link": faster})
+    return faster_joint_link(hardware).model_copy(update={"link": faster})
 
 
 def _faster_memory(hardware: HardwareProfile) -> HardwareProfile:
     """Of the GPU with the products' measured rates, which are bound by it; else of the host."""
-    name = "gpu" if hardware.gpu else "cpu"
-    part = hardware.gpu or hardware.cpu
-    update: dict[str, Any] = {"memory_bandwidth": part.memory_bandwidth and 2 * part.memory_bandwidth}
-    if hardware.gpu and hardware.gpu.kernels:
-        kernels = hardware.gpu.kernels
-        products = {n: p.model_copy(update={"rate": 2 * p.rate}) for n, p in kernels.products.items()}
-        update["kernels"] = kernels.model_copy(update={"products": products})
-    return hardware.model_copy(update={name: part.model_copy(update=update)})
+    gpu = hardware.gpu
+    if gpu is None:
+        return faster_cpu(hardware)
+    update: dict[str, Any] = {"memory_bandwidth": gpu.memory_bandwidth and 2 * gpu.memory_bandwidth}
+    if gpu.kernels:
+        products = {n: p.model_copy(update={"rate": 2 * p.rate}) for n, p in gpu.kernels.products.items()}
+        update["kernels"] = gpu.kernels.model_copy(update={"products": products})
+    return hardware.model_copy(update={"gpu": gpu.model_copy(update=update)})

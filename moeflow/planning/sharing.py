@@ -17,7 +17,7 @@ from moeflow.planning.rates import Rates
 from moeflow.planning.sizes import LayerSize, ModelSizes
 from moeflow.schema import HardwareProfile, PlannedCpu, Prefetch, Profile
 
-__all__ = ["GAIN", "in_place", "planned_cpu", "without_slots"]
+__all__ = ["GAIN", "in_place", "planned_cpu", "shared", "without_slots"]
 
 GAIN = 1.05  # of the speed without: below it a prediction does not tell that sharing pays
 EVEN = 0.5  # the first share where nobody knows a rate
@@ -79,7 +79,7 @@ def planned_cpu(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, 
             "all experts anyway): raise memory.ram or memory.vram, or set cpu.experts to auto"
         )
     _check_layers(profile, sizes)
-    return _shared(sizes, hardware, threads, alone=asked.experts == "only")
+    return shared(sizes, hardware, threads, alone=asked.experts == "only")
 
 
 def _threads(profile: Profile, hardware: HardwareProfile) -> int:
@@ -111,13 +111,14 @@ def _paying(sizes: ModelSizes, hardware: HardwareProfile, running: Running, thre
         return None
     if not rates.knows(layer.format for layer in sizes.layers):
         return None
-    part = _shared(sizes, hardware, threads)
+    part = shared(sizes, hardware, threads)
     before, then = (predict(sizes, hardware, replace(running, cpu=cpu)) for cpu in (None, part))
     pays = before is not None and then is not None and then.tokens_per_second > GAIN * before.tokens_per_second
     return part if pays else None
 
 
-def _shared(sizes: ModelSizes, hardware: HardwareProfile, threads: int, alone: bool = False) -> PlannedCpu:
+def shared(sizes: ModelSizes, hardware: HardwareProfile, threads: int, alone: bool = False) -> PlannedCpu:
+    """So many threads of the CPU beside a device, which share misses with the link or, `alone`, compute all experts."""
     rates = _rates(hardware, threads)
     formats = [layer.format for layer in sizes.layers]
     share = 1.0 if alone else _share(sizes.layers, rates) if rates and rates.known(formats) else EVEN

@@ -7,7 +7,7 @@ gets no column, and a single one that is missing shows as a dash. Tables and plo
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from moeflow.reporting.paper import ROWS, paper_speed
@@ -15,6 +15,7 @@ from moeflow.schema import Benchmark, BenchmarkRow, Environment, Evaluation, Tas
 from moeflow.schema.units import format_rate, format_size
 
 __all__ = [
+    "EXPERTS_ON",
     "MISSING",
     "ROUTING",
     "Grid",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 MISSING = "-"
+EXPERTS_ON = {"cpu": "CPU alone", "link": "link alone", "both": "CPU and link"}
 ROUTING = {
     "model": "the model's own routing",
     "uniform": "uniform routing",
@@ -107,6 +109,7 @@ SETTINGS = (
     _Setting("weights", lambda row: "random" if row.synthetic else "its own", "{} weights"),
     _Setting("experts", lambda row: row.expert_scheme, "{} experts"),
     _Setting("attention", lambda row: row.attention_scheme, "{} attention"),
+    _Setting("misses by", lambda row: EXPERTS_ON[row.experts_on] if row.experts_on else None, "misses by {}"),
     _Setting("k", _k, "k = {}"),
     _Setting("routing", lambda row: row.routing, "{}"),
     _Setting("recall", lambda row: percent(row.recall), "{} of guesses right"),
@@ -121,6 +124,7 @@ FIGURES = {
         _Figure("paper, A100", lambda _, row: digits(paper_speed(row))),
         _Figure("ms/token", lambda _, row: _milliseconds(row.seconds_per_token)),
         _Figure("hits", lambda _, row: percent(row.hit_rate)),
+        _Figure("of link alone", lambda run, row: percent(run.over(row, "link"))),
     ),
     "prefill": (
         _Figure("first token, ms", lambda _, row: _milliseconds(row.time_to_first_token)),
@@ -138,6 +142,12 @@ FIGURES = {
         _Figure("achieved", lambda _, row: _rate(row.link_rate)),
         _Figure("of peak", lambda run, row: percent(run.link_efficiency(row))),
         _Figure("guesses used, in all", lambda _, row: _used(row)),
+    ),
+    "CPU, per token": (
+        _Figure("computed", lambda _, row: _size(row.computed_bytes)),
+        _Figure("of missed", lambda _, row: percent(row.cpu_share)),
+        _Figure("achieved", lambda _, row: _rate(row.cpu_rate)),
+        _Figure("of host's read", lambda run, row: percent(run.cpu_efficiency(row))),
     ),
     "memory": (
         _Figure("read per token", lambda _, row: _size(row.read_bytes)),
@@ -198,6 +208,8 @@ def machine(run: Benchmark) -> str:
         text += f"; copy engine at 1 GiB {_rate(limits.link_peak)}"
     if limits.memory_bandwidth:
         text += f"; device memory {_rate(limits.memory_bandwidth)}"
+    if limits.host_read and run.environment.gpu:
+        text += f"; host memory read at {_rate(limits.host_read)}"
     return text
 
 
@@ -224,9 +236,18 @@ def versions(run: Benchmark | Evaluation | TaskEvaluation) -> str:
 def remarks(run: Benchmark) -> list[str]:
     """What a reader must know of single rows, each once."""
     found = dict.fromkeys(f"{ROWS[row.strategy]}: {row.note}" for row in run.rows if row.note)
+    found |= dict.fromkeys(_ratios(run))
     if any(paper_speed(row) is not None for row in run.rows):
         found["paper: arXiv 2312.17238, table 2: Mixtral-8x7B on an A100-80GB-SXM, k = 4"] = None
     return list(found)
+
+
+def _ratios(run: Benchmark) -> Iterator[str]:
+    """Of both together to each alone."""
+    for row in run.rows:
+        over = {other: run.over(row, other) for other in ("link", "cpu")} if row.experts_on == "both" else {}
+        if parts := [f"{digits(ratio)} times the {EXPERTS_ON[other]}" for other, ratio in over.items() if ratio]:
+            yield f"{ROWS[row.strategy]}: CPU and link together have {' and '.join(parts)}"
 
 
 def listed(parts: Iterable[str]) -> str:

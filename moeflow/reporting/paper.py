@@ -50,5 +50,10 @@ def paper_speed(row: BenchmarkRow) -> float | None:
         return None
     bits = re.match(r"([23])-bit\b", row.expert_scheme)
     cached = row.strategy in ("full", "no-prefetch")
-    same = "mixtral-8x7b" in row.model.lower() and row.batch == 1 and (row.k == 4 or not cached)
+    same = (
+        "mixtral-8x7b" in row.model.lower()
+        and row.batch == 1
+        and row.experts_on in (None, "link")
+        and (row.k == 4 or not cached)
+    )
     return A100[int(bits[1])][row.strategy] if bits and same else None

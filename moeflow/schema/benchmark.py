@@ -14,9 +14,10 @@ from pydantic import Field
 from moeflow.schema.base import Document, Part
 from moeflow.schema.profile import Strategy
 
-__all__ = ["Environment", "Limits", "BenchmarkRow", "Benchmark", "Routing"]
+__all__ = ["Environment", "Limits", "BenchmarkRow", "Benchmark", "Compared", "Routing"]
 
 Routing = Literal["model", "uniform", "markov", "recorded"]
+Compared = Literal["cpu", "link", "both"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,6 +51,8 @@ class Limits(Part):
     """The copy engine's, from page-locked host memory in copies of 1 GiB."""
     memory_bandwidth: Positive | None = None
     """Device memory, reading."""
+    host_read: Positive | None = None
+    """Host memory, read by all cores."""
 
 
 class BenchmarkRow(Part):
@@ -71,6 +74,9 @@ class BenchmarkRow(Part):
     k: Amount
     """Cached experts per layer; the mean where layers differ."""
     routing: Routing
+    experts_on: Compared | None = None
+    """Who takes experts that the device lacks, where rows compare that: the CPU, which computes all; the link, which
+    brings them; or both, which share them."""
     recall: Share | None = None
     """Of the guesses, where routes were forced; None where the model's own gate guessed, or nothing did."""
     prompt_tokens: int = Field(ge=0)
@@ -96,6 +102,8 @@ class BenchmarkRow(Part):
     """The part of `guessed_bytes` that was never used."""
     streamed_bytes: Amount | None = None
     """Over the link in whole layers, per token."""
+    computed_bytes: Amount | None = None
+    """By the CPU where they lie, beside a device, per token; None where the plan gave it no part."""
     read_bytes: Amount | None = None
     """Out of device memory, per token."""
     prefill_bytes: Amount | None = None
@@ -130,6 +138,18 @@ class BenchmarkRow(Part):
         return _product(self.moved_bytes, self.tokens_per_second)
 
     @property
+    def cpu_rate(self) -> float | None:
+        """Achieved: bytes that the CPU computes per token, over the time per token."""
+        return _product(self.computed_bytes, self.tokens_per_second)
+
+    @property
+    def cpu_share(self) -> float | None:
+        """Of the bytes that were missed, what the CPU computed; None where nothing was missed."""
+        if self.computed_bytes is None or self.missed_bytes is None:
+            return None
+        return _ratio(self.computed_bytes, self.computed_bytes + self.missed_bytes)
+
+    @property
     def memory_rate(self) -> float | None:
         """Achieved: bytes read per token, over the time per token."""
         return _product(self.read_bytes, self.tokens_per_second)
@@ -160,6 +180,17 @@ class Benchmark(Document):
         """The row's achieved memory rate over the measured bandwidth."""
         return _ratio(row.memory_rate, self.limits.memory_bandwidth)
 
+    def cpu_efficiency(self, row: BenchmarkRow) -> float | None:
+        """The row's bytes by the CPU a second over what all cores read from host memory."""
+        return _ratio(row.cpu_rate, self.limits.host_read)
+
+    def over(self, row: BenchmarkRow, other: Compared) -> float | None:
+        """The row's speed over that of the row that differs in `experts_on` alone, which is `other`; None without."""
+        if row.experts_on is None:
+            return None
+        found = (r for r in self.rows if r.experts_on == other and _told_apart_by_nothing_else(row, r))
+        return _ratio(row.tokens_per_second, next((r.tokens_per_second for r in found), None))
+
     def prefill_excess(self, row: BenchmarkRow) -> float | None:
         """Time to first token over the time that its bytes take at the copy engine's peak; 1 is the link's limit."""
         return _ratio(_product(row.time_to_first_token, self.limits.link_peak), row.prefill_bytes)
@@ -167,6 +198,12 @@ class Benchmark(Document):
     def cold_prefill_excess(self, row: BenchmarkRow) -> float | None:
         """As `prefill_excess`, with an empty cache."""
         return _ratio(_product(row.cold_time_to_first_token, self.limits.link_peak), row.cold_prefill_bytes)
+
+
+def _told_apart_by_nothing_else(one: BenchmarkRow, other: BenchmarkRow) -> bool:
+    """Of what was asked for; k and guesses follow from who takes the experts."""
+    asked = ("model", "expert_scheme", "attention_scheme", "strategy", "routing", "prompt_tokens", "batch")
+    return all(getattr(one, name) == getattr(other, name) for name in asked)
 
 
 def _product(first: float | None, second: float | None) -> float | None:

@@ -88,6 +88,12 @@ class CpuUse(Part):
     """What products take of hidden states: fixed16, 16 bits in fixed point, as on the GPU; int8 is faster and less
     exact, and only for machines without a GPU."""
 
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _as_yaml_reads_it(cls, experts: object) -> object:
+        """YAML takes on and off without quotes for truth values."""
+        return {True: "on", False: "off"}[experts] if isinstance(experts, bool) else experts
+
     @field_validator("threads")
     @classmethod
     def _somebody_works(cls, threads: int | str) -> int | str:

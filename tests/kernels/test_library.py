@@ -31,6 +31,16 @@ def refused(reason: str) -> None:
     assert str(raised.value) == f"CPU kernels are off: {why_not()}"
 
 
+def test_what_was_compiled_here_is_usable() -> None:
+    """Where this checkout is an editable install; a failed compilation fails here."""
+    if not list(module.LIBRARY.parent.glob("_cpu.*")):
+        pytest.skip("nothing was compiled here: pip install --editable .")
+    reason = why_not()
+    if any(expected in (reason or "") for expected in ("MOEFLOW_NO_COMPILER", "no C++ compiler")):
+        pytest.skip(reason)
+    assert reason is None
+
+
 def test_a_checkout_without_a_build(place: Path) -> None:
     assert not place.exists()
     refused("_cpu.so was not built; install moeflow again with a C++ compiler, g++ or clang++")

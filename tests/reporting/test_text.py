@@ -186,3 +186,47 @@ def test_percent(value: float | None, text: str | None) -> None:
 def test_lines_break_between_parts() -> None:
     assert fill(listed(["one two", "three four", "five"]), 19) == ["one two,", "three four, five"]
     assert max(map(len, fill(listed(["word " * 20, "end"]), 30))) <= 30
+
+
+# -- CPU and link ------------------------------------------------------------------------------------------
+
+
+def compared() -> Benchmark:
+    figures = {
+        "cpu": {"k": 0, "tokens_per_second": 18.0, "hit_rate": 0.0, "missed_bytes": 0, "computed_bytes": 3.5e9},
+        "link": {"tokens_per_second": 30.0, "hit_rate": 0.5, "missed_bytes": 1.75e9},
+        "both": {"tokens_per_second": 51.0, "hit_rate": 0.5, "missed_bytes": 0.7e9, "computed_bytes": 1.05e9},
+    }
+    rows = tuple(row(experts_on=name, strategy="full", **found) for name, found in figures.items())
+    return run(rows, {"link_peak": 54.7e9, "memory_bandwidth": 3.05e12, "host_read": 84e9})
+
+
+def test_rows_that_compare_cpu_and_link_say_so_and_end_with_ratios() -> None:
+    text = table(compared())
+    found = {g.title: [dict(zip(g.headings, cells, strict=True)) for cells in g.rows] for g in grids(compared())}
+    assert [r["misses by"] for r in found["speed"]] == ["CPU alone", "link alone", "CPU and link"]
+    assert [r["of link alone"] for r in found["speed"]] == ["60%", "100%", "170%"]
+    assert [r["k"] for r in found["speed"]] == ["0 of 8", "4 of 8", "4 of 8"]
+    assert found["CPU, per token"][2] == {
+        "row": "full algorithm", "misses by": "CPU and link", "k": "4 of 8", "computed": "1,001 MiB",
+        "of missed": "60%", "achieved": "53.5 GB/s", "of host's read": "63.7%",
+    }  # fmt: skip
+    assert found["CPU, per token"][1]["computed"] == "-" and found["CPU, per token"][0]["of missed"] == "100%"
+    assert "host memory read at 84 GB/s" in text
+    assert "full algorithm: CPU and link together have 1.7 times the link alone and 2.83 times the CPU alone\n" in text
+    assert [r["paper, A100"] for r in found["speed"]] == ["-", "3.06", "-"], "the paper's CPU computed nothing"
+
+
+def test_ratios_are_of_rows_that_nothing_else_tells_apart() -> None:
+    whole = compared()
+    cpu, link, both = whole.rows
+    other = both.model_copy(update={"routing": "markov", "tokens_per_second": 60.0})
+    alone = row()
+    mixed = whole.model_copy(update={"rows": (cpu, link, both, other, alone)})
+    assert mixed.over(both, "link") == pytest.approx(1.7) and mixed.over(both, "cpu") == pytest.approx(51 / 18)
+    assert mixed.over(other, "link") is None and mixed.over(alone, "link") is None
+    derived = json.loads(json_line(mixed))["derived"]
+    assert [d["over_link"] for d in derived] == [pytest.approx(0.6), 1.0, pytest.approx(1.7), None, None]
+    assert derived[2]["cpu_share"] == pytest.approx(0.6) and derived[1]["cpu_share"] is None
+    assert derived[2]["cpu_efficiency"] == pytest.approx(51 * 1.05 / 84)
+    assert "together" not in table(whole.model_copy(update={"rows": (cpu, link)}))

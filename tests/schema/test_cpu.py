@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,16 @@ def test_a_profile_that_says_nothing_of_the_cpu_writes_nothing() -> None:
     spelled = Profile.parse({"model": "demo", "cpu": {"experts": "auto", "threads": "auto"}}, "here")
     assert spelled.digest() == profile.digest()
     assert Profile.parse({"model": "demo", "cpu": {"experts": "on"}}, "here").digest() != profile.digest()
+
+
+@pytest.mark.parametrize("experts", ["on", "off", "only", "auto"])
+def test_on_and_off_need_no_quotes(tmp_path: Path, experts: str) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(f"model: demo\ncpu: {{experts: {experts}, threads: 2}}\n")
+    profile = Profile.load(file)
+    assert profile.cpu == CpuUse(experts=experts, threads=2)
+    profile.save(file)
+    assert Profile.load(file) == profile
 
 
 @pytest.mark.parametrize("threads", [0, -1, True, "all", 1.5])

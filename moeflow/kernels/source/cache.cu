@@ -5,12 +5,19 @@
 // at its tail: with as many as one step needs and guesses, a buffer that this step's products still read is never taken
 // again in the same step, however few slots a layer has. One warp a launch; the tables of the layer lie in shared memory.
 //
+// SHARED: 1 where the CPU computes a part of what is missing (sharing.cuh). Then the link brings some experts whole, which are
+// admitted, the rows of one more as far as they go, and nothing of the others: neither of these two is kept.
+//
 // EXPERTS: of a layer. GUESSES: at most so many copies on a guess per layer. WARPS: of the copy kernels. The policy: LFU, 1 for
 // the least frequently used with ageing every PERIOD uses; MIX, 1 for the least sum of uses weighed by age; STATIC, 1 for a
 // fixed set; LEARNED, 1 for the least of scores that come from outside and half the share of late uses; none of them for the
 // least recently used.
 #include "primitives.cuh"
+#include "sharing.cuh"
 
+#ifndef SHARED
+#define SHARED 0
+#endif
 #ifndef LFU
 #define LFU 0
 #endif
@@ -50,6 +57,10 @@ __shared__ double worth[EXPERTS];    // scores
 __shared__ int needed[EXPERTS];
 __shared__ int guess_of[EXPERTS];    // index of the guess that brought it, else -1
 __shared__ int place[EXPERTS];       // buffer in this step
+#if SHARED
+__shared__ int here[2][EXPERTS];     // rows of either half that the device computes
+__shared__ int early[2][EXPERTS];    // of these, rows that are there already
+#endif
 
 struct Ring { int* buffers; int* state; int capacity; };   // state: head, size
 
@@ -174,7 +185,101 @@ __device__ void admit(int expert, int buffer, int* layer, const Ring& ring, int 
     __syncwarp(0xFFFFFFFFu);
 }
 
-struct Job { int expert, buffer, guess; };
+#if SHARED
+// Which of the missing experts is most worth being cached: by what the policy keeps it for, then the lower one.
+__device__ __forceinline__ int most_wanted(int lane) {
+    double most = -1e300;
+    int who = 0x7FFFFFFF;
+    for (int e = lane; e < EXPERTS; e += 32) {
+        if (!needed[e] || place[e] >= 0) continue;
+        const double v = STATIC ? (double)stamp[e] : value(e);
+        if (v > most) { most = v; who = e; }
+    }
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+        const double v = __shfl_xor_sync(0xFFFFFFFFu, most, o);
+        const int w = __shfl_xor_sync(0xFFFFFFFFu, who, o);
+        if (v > most || (v == most && w < who)) { most = v; who = w; }
+    }
+    return who;
+}
+
+// What the link brings of so many missing experts: some whole, and of one more a part of either half, in ONE-ths.
+struct Split { int whole, rest[2]; };
+
+__device__ __forceinline__ Split split(const int* ratio, int missing) {
+    const int share[2] = {ratio[0] * missing, ratio[1] * missing};
+    const int mean = (2 * share[0] + share[1]) / 3;   // gate and up are two thirds of an expert
+    Split s = {mean / ONE, {0, 0}};
+    const int rest = mean - s.whole * ONE;
+    if (rest >= NEARLY) s.whole++;
+    else if (rest >= HARDLY)
+        for (int h = 0; h < 2; h++) s.rest[h] = min(max(share[h] - s.whole * ONE, 0), ONE);
+    s.whole = min(s.whole, missing);
+    return s;
+}
+#endif
+
+#if SHARED
+// Deals out what is missing: `made` jobs are listed already. Gives the number of those that are added; `computed`: how many
+// experts the CPU has all of.
+__device__ int share_out(int* desk, int* shares, int* jobs, int made, int n, long long rows0, long long rows1, int* layer,
+                         const Ring& ring, int lane, int* computed) {
+    int missing = 0;
+    for (int base = 0; base < EXPERTS; base += 32) {
+        const int e = base + lane;
+        missing += __popc(__ballot_sync(0xFFFFFFFFu, e < EXPERTS && needed[e] && place[e] < 0));
+    }
+    const int kind = min(missing, CLASSES / 2) - 1 + (made ? CLASSES / 2 : 0);
+    int* ratio = desk + RATIO + 2 * kind;
+    Split s = {missing, {0, 0}};
+    const bool alone = load_volatile(desk + ALONE) != 0;
+    if (missing && !alone) {
+        s = split(ratio, missing);
+        __syncwarp(0xFFFFFFFFu);
+        if (lane == 0) {
+            desk[CLASS] = kind;
+            // Where the link brings all, nobody learns whether the CPU would have been faster: it is tried again in time.
+            if (s.whole == missing && desk[STEP])
+                for (int h = 0; h < 2; h++) ratio[h] = max(ratio[h] - 1, 0);
+        }
+    }
+    int jobs_added = 0;
+    for (int i = 0; i < missing; i++) {
+        const int expert = most_wanted(lane);
+        const bool all = i < s.whole;
+        int cut[2] = {(int)rows0, (int)rows1};
+        if (!all)
+            for (int h = 0; h < 2; h++)
+                cut[h] = i == s.whole ? (int)((long long)cut[h] * s.rest[h] / ONE / ROW_STEP) * ROW_STEP : 0;
+        const bool copied = cut[0] || cut[1];
+        int buffer = 0;
+        if (copied) {
+            if (lane == 0) {
+                buffer = take(ring);
+                const int j = made + jobs_added;
+                jobs[3 * j] = expert;
+                jobs[3 * j + 1] = buffer;
+                jobs[3 * j + 2] = -1;
+                for (int h = 0; h < 2; h++) shares[(CUTS + h) * n + j] = cut[h];
+            }
+            buffer = __shfl_sync(0xFFFFFFFFu, buffer, 0);
+            jobs_added++;
+        } else (*computed)++;
+        if (all) admit(expert, buffer, layer, ring, lane);
+        else {
+            note(expert, layer, lane);
+            if (lane == 0) {
+                place[expert] = buffer;
+                for (int h = 0; h < 2; h++) here[h][expert] = cut[h];
+                if (copied) give(ring, buffer);
+            }
+        }
+        __syncwarp(0xFFFFFFFFu);
+    }
+    return jobs_added;
+}
+#endif
 
 // Lists the choices of each distinct expert, experts ascending and choices in their order.
 __device__ void group(const long long* chosen, int n, int* found, int* starts, int* lists, int lane) {
@@ -211,10 +316,13 @@ __device__ void group(const long long* chosen, int n, int* found, int* starts, i
 //   jobs [n, 3], job_count [1]: the copies to make or to complete: expert, buffer, index of its guess or -1
 //   places [n]: the buffer of each choice
 //   found, starts [n + 1], lists [n]: each distinct expert's buffer, and which choices it serves; null for one token
+//   desk, shares, experts: of SHARED, as sharing.cuh has them, for one token; desk null: the link brings all. rows0, rows1: of
+//   an expert's halves
 extern "C" __global__ void __launch_bounds__(32)
 lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double* counts, int* layer_, long long* counters,
        int* ring_buffers, int* ring_state, long long ring_capacity, int* guesses, int* stop, int* jobs, int* job_count,
-       int* places, int* found, int* starts, int* lists, const float* scores) {
+       int* places, int* found, int* starts, int* lists, const float* scores, int* desk, int* shares, int* experts,
+       long long rows0, long long rows1) {
     let_next_begin();
     wait_for_previous();
     const int lane = threadIdx.x, n = (int)n_;
@@ -236,6 +344,12 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
         needed[e] = 0;
         guess_of[e] = -1;
         place[e] = -1;
+#if SHARED
+        for (int h = 0; h < 2; h++) {
+            here[h][e] = (int)(h ? rows1 : rows0);
+            early[h][e] = 0;
+        }
+#endif
     }
 #if MIX || LEARNED
     if (lane == 0) {
@@ -256,10 +370,16 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
         }
     __syncwarp(0xFFFFFFFFu);
 
-    int hits = 0, used = 0, total = 0;
+    int hits = 0, used = 0, total = 0, computed = 0;   // computed: by the CPU, wholly
     for (int pass = 0; pass < 3; pass++) {   // cached experts first, then arrived guesses, then what is missing
         // Guesses go on until here: giving way takes them 4 us, and choosing victims and writing the tables as long.
         if (pass == 2 && lane == 0) store_volatile(stop, 1);
+#if SHARED
+        if (pass == 2 && desk) {
+            total += share_out(desk, shares, jobs, total, n, rows0, rows1, layer, ring, lane, &computed);
+            break;
+        }
+#endif
         for (int base = 0; base < EXPERTS; base += 32) {
             const int e = base + lane;
             bool mine = e < EXPERTS && needed[e] && place[e] < 0;
@@ -269,7 +389,13 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
                 const int expert = base + __ffs((int)todo) - 1;
                 if (pass == 0) {
                     note(expert, layer, lane);
-                    if (lane == 0) place[expert] = buffer_of[expert];
+                    if (lane == 0) {
+                        place[expert] = buffer_of[expert];
+#if SHARED
+                        early[0][expert] = (int)rows0;
+                        early[1][expert] = (int)rows1;
+#endif
+                    }
                     hits++;
                 } else {
                     const int g = guess_of[expert];
@@ -279,6 +405,9 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
                         jobs[3 * total] = expert;
                         jobs[3 * total + 1] = buffer;
                         jobs[3 * total + 2] = g;
+#if SHARED
+                        if (desk) shares[CUTS * n + total] = (int)rows0, shares[(CUTS + 1) * n + total] = (int)rows1;
+#endif
                     }
                     buffer = __shfl_sync(0xFFFFFFFFu, buffer, 0);
                     admit(expert, buffer, layer, ring, lane);
@@ -298,8 +427,19 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
 #if MIX
     if (lane == 0) counts[EXPERTS] = weight;
 #endif
-    if (first >= 0) places[lane] = place[first];
-    for (int i = lane + 32; i < n; i += 32) places[i] = place[chosen[i]];
+    for (int i = lane; i < n; i += 32) {
+        const int e = i == lane ? first : (int)chosen[i];
+        places[i] = place[e];
+#if SHARED
+        if (desk) {
+            experts[i] = e;
+            for (int h = 0; h < 2; h++) {
+                shares[(EARLY + h) * n + i] = early[h][e];
+                shares[(HERE + h) * n + i] = here[h][e];
+            }
+        }
+#endif
+    }
     for (int g = lane; g < GUESSES; g += 32) guesses[2 * g] = -1;
     if (lane == 0) layer[RIGHT] += used;
     __syncwarp(0xFFFFFFFFu);
@@ -309,7 +449,7 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
         *job_count = total;
         counters[HITS] += hits;
         counters[USED] += used;
-        counters[MISSES] += total - used;
+        counters[MISSES] += total - used + computed;
     }
     if (found) group(chosen, n, found, starts, lists, lane);
 }

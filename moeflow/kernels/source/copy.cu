@@ -88,6 +88,51 @@ copy(const char* source, char* pool, long long nbytes, const int* jobs, const in
     }
 }
 
+// As `copy`, of jobs whose last rows somebody else computes: of job j the first cuts[j] rows of one half, which `rows` has. parts
+// [part_count, 2]: where each array of the half begins in a blob, and bytes of a row.
+extern "C" __global__ void __launch_bounds__(512, 2)
+copy_rows(const char* source, char* pool, long long nbytes, const int* jobs, const int* job_count, const int* progress,
+          long long first, long long last, long long* counters, const int* cuts, long long rows, const long long* parts,
+          long long part_count) {
+    const int lane = threadIdx.x & 31;
+    const int warp = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+    const int count = *job_count;
+    long long moved = 0, spared = 0, turn = 0;   // turn: pieces of the jobs so far, which warps take in turns
+    for (int j = 0; j < count; j++) {
+        const int guess = jobs[3 * j + 2];
+        const char* from = source + jobs[3 * j] * nbytes;
+        char* to = pool + jobs[3 * j + 1] * nbytes;
+        const bool all = cuts[j] == rows;
+        // No piece before it is asked for. A half's first rows may lie in a piece that the half before ends in.
+        long long begin = all ? first : 0;
+        for (int s = 0; s < (all ? 1 : (int)part_count); s++) {
+            long long end = last, p;
+            if (guess >= 0) {   // the warp goes on where it came to
+                const int done = progress[guess * WARPS + warp];
+                if (first == 0) spared += done;
+                p = warp + (long long)done * WARPS;
+                if (p < first) p += (first - p + WARPS - 1) / WARPS * WARPS;
+            } else {
+                if (!all) {
+                    begin = max(begin, parts[2 * s] / PIECE);
+                    end = cuts[j] ? min((parts[2 * s] + cuts[j] * parts[2 * s + 1] + PIECE - 1) / PIECE, last) : begin;
+                }
+                p = begin + (warp + WARPS - turn % WARPS) % WARPS;
+                turn += max(end - begin, 0ll);
+            }
+#pragma unroll 1
+            for (; p < end; p += WARPS, moved++) {
+                if (j == count - 1 && (all || s == part_count - 1) && p + ENDING * WARPS >= end) let_next_begin();
+                move<PIECE / 512>(from + p * PIECE, to + p * PIECE, lane);
+            }
+            begin = max(begin, end);
+        }
+    }
+    if (lane != 0) return;
+    if (moved) atomicAdd((unsigned long long*)counters + MOVED, (unsigned long long)(moved * PIECE));
+    if (spared) atomicAdd((unsigned long long*)counters + USED_BYTES, (unsigned long long)(spared * PIECE));
+}
+
 // The blobs of the layer's guesses, until `stop` is raised.
 extern "C" __global__ void __launch_bounds__(512, 2)
 copy_guesses(const char* source, char* pool, long long nbytes, const int* guesses, int* progress, const int* stop,

@@ -226,19 +226,31 @@ __device__ __forceinline__ void store(void* out, long long i, float v) {
 // starts, choices: TOKENS > 1: the choices of job j are choices[starts[j]..starts[j + 1]), at most TOKENS are taken
 // at a time; TOKENS == 1: choice j is job j. A choice reads activation row choice / share and writes its own row of out.
 // x, x_scales, x_sums: prepared by `prepare`; one row each per activation row.
+// from, to: of one token, the rows [from[j], to[j]) of choice j that are computed, both at multiples of ROWS; null: the first,
+// and the last. only_if: nothing is computed where it is 0; null: always.
 extern "C" __global__ void __launch_bounds__(256)
 gemv(const char* pool, long long stride, const int* buffers, const int* starts, const int* choices, long long share,
      long long words, long long high, long long scales, long long steps, long long bias, const float* codebook,
-     const uint4* x, const float* x_scales, const float* x_sums, void* out, long long rows) {
+     const uint4* x, const float* x_scales, const float* x_sums, void* out, long long rows, const int* from, const int* to,
+     const int* only_if) {
     let_next_begin();
 #if !CONSTANT
     wait_for_previous();
 #endif
     constexpr int chunks = COLUMNS / CHUNK, padded = (chunks + 31) / 32 * 32, steps_of_lane = padded / 32;
+    const int job = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const long long row0 = ((long long)blockIdx.x * (blockDim.x >> 5) + warp) * ROWS;
+#if TOKENS == 1 && !CONSTANT
+    if (only_if && !*only_if) return;
+    const long long block0 = (long long)blockIdx.x * (blockDim.x >> 5) * ROWS, block1 = block0 + (blockDim.x >> 5) * ROWS;
+    if ((from && block1 <= from[job]) || (to && block0 >= to[job])) return;
+#endif
 #if KIND == CODEBOOK
     fill_pairs(codebook);
 #endif
-    const int job = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#if TOKENS == 1 && !CONSTANT
+    if ((from && row0 < from[job]) || (to && row0 >= to[job])) return;
+#endif
 #if TOKENS > 1
     const int first = starts[job], last = starts[job + 1];
     if (first == last) return;
@@ -247,7 +259,6 @@ gemv(const char* pool, long long stride, const int* buffers, const int* starts, 
 #endif
     const char* blob = pool + (buffers ? buffers[job] : 0) * stride;
     const Matrix m = {blob + words, blob + high, blob + scales, blob + steps};
-    const long long row0 = ((long long)blockIdx.x * (blockDim.x >> 5) + warp) * ROWS;
     if (row0 >= rows) return;   // a block's other warps wait
 #if CONSTANT
     // One line of 128 bytes a lane: eight lanes' pieces.
