@@ -27,6 +27,8 @@ UNITS: dict[str, tuple[str, ...]] = {
     "rows_avx512.cpp": AVX512,
     "rows_avx2.cpp": AVX2,
     "rows_portable.cpp": ("-O2",),
+    "unpack_avx2.cpp": AVX2,
+    "unpack_portable.cpp": (),
     "prepare.cpp": (),
     "levels.cpp": (),
     "api.cpp": (),

@@ -94,6 +94,7 @@ def _functions() -> ctypes.CDLL:
     loaded.moeflow_prepare.argtypes = (POINTER(Matrix), c_int32, c_void_p, c_int64, POINTER(Vectors))
     loaded.moeflow_can_multiply.argtypes = (POINTER(Matrix), c_int32, c_int32)
     loaded.moeflow_multiply.argtypes = (POINTER(Job), c_int32)
+    loaded.moeflow_unpack.argtypes = (POINTER(Matrix), c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32)
     return loaded
 
 
@@ -192,6 +193,26 @@ class CpuGemv:
     def run(self, job: Job) -> None:
         """Do a job of this matrix in the calling thread."""
         self._functions.moeflow_multiply(byref(job), self.level)
+
+    def unpack(
+        self, blob: Tensor, dtype: torch.dtype, out: Tensor | None = None, begin: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Rows `begin` to `end` of the matrix as plain numbers, `kernels.dequantize`'s to the last bit.
+
+        Returns:
+            [N, K] of `dtype`: `out`, or a new tensor, in which nothing is written outside of the range.
+        """
+        rows, columns = self.matrix.rows, self.matrix.columns
+        end = rows if end is None else end
+        if out is None:
+            out = torch.empty(rows, columns, dtype=dtype)
+        assert out.shape == (rows, columns) and out.dtype == dtype and out.is_contiguous(), (
+            "out does not fit the matrix"
+        )
+        assert blob.is_contiguous() and blob.nbytes >= self._nbytes and 0 <= begin <= end <= rows
+        arguments = (blob.data_ptr(), DTYPES[dtype], out.data_ptr(), begin, end, self.level)
+        self._functions.moeflow_unpack(byref(self.struct), *arguments)
+        return out
 
 
 def _aligned(rows: int, stride: int) -> Tensor:

@@ -4,11 +4,13 @@
 namespace moeflow {
 
 Multiply portable_kernel(const Matrix&, int planes);
+void unpack_portable(const Matrix&, const uint8_t*, Number, void*, int64_t, int64_t);
 
 #if defined(__x86_64__)
 Multiply avx2_kernel(const Matrix&, int planes);
 Multiply avx512_kernel(const Matrix&, int planes);
 Multiply vnni_kernel(const Matrix&, int planes);
+void unpack_avx2(const Matrix&, const uint8_t*, Number, void*, int64_t, int64_t);
 
 // __builtin_cpu_supports asks the operating system too: whether it keeps the wide registers.
 Level best_level() {
@@ -30,12 +32,16 @@ Multiply multiply_for(const Matrix& matrix, int32_t planes, Level level) {
         default: return nullptr;
     }
 }
+
+Unpack unpack_for(Level level) { return level > best_level() ? nullptr : level >= AVX2 ? unpack_avx2 : unpack_portable; }
 #else
 Level best_level() { return PORTABLE; }
 
 Multiply multiply_for(const Matrix& matrix, int32_t planes, Level level) {
     return level == PORTABLE ? portable_kernel(matrix, planes) : nullptr;
 }
+
+Unpack unpack_for(Level level) { return level == PORTABLE ? unpack_portable : nullptr; }
 #endif
 
 }   // namespace moeflow

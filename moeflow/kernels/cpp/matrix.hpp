@@ -56,7 +56,9 @@ Sizes sizes_of(const Matrix& matrix, int32_t planes);
 // Fills `vectors.count` vectors (its arrays are written to) from x [count, columns], `x_stride` numbers apart.
 void prepare(const Matrix& matrix, Number dtype, const void* x, int64_t x_stride, const Vectors& vectors);
 
-// Rows begin to end of the matrix as plain numbers, to out [rows of the matrix, columns].
-void unpack(const Matrix& matrix, const uint8_t* blob, Number dtype, void* out, int64_t begin, int64_t end);
+// Rows begin to end of the matrix as plain numbers, to out [rows of the matrix, columns]; null where this machine has not
+// the level. Those above AVX2 have no other than that.
+using Unpack = void (*)(const Matrix& matrix, const uint8_t* blob, Number dtype, void* out, int64_t begin, int64_t end);
+Unpack unpack_for(Level level);
 
 }   // namespace moeflow

@@ -60,10 +60,10 @@ void lay_out_chunk(const Shape& s, int planes, int64_t chunk, const int32_t* num
     }
 }
 
-void codebook_order(const Matrix& matrix, const Shape& s, Number dtype, const void* x, int64_t at, float* out) {
-    for (int64_t block = 0; block < s.blocks / 4 + (s.blocks % 4 != 0); block++) {
+void codebook_order(const Matrix& matrix, Number dtype, const void* x, int64_t at, float* out) {
+    for (int64_t first = 0; first < matrix.columns; first += 128) {
         float columns[128] = {};
-        const int64_t first = block * 128, rest = matrix.columns - first;
+        const int64_t rest = matrix.columns - first;
         read(dtype, x, at + first, rest < 128 ? (int)rest : 128, columns);
         for (int field = 0; field < 8; field++)
             for (int word = 0; word < 16; word++) out[first + field * 16 + word] = columns[word * 8 + field];
@@ -85,7 +85,7 @@ void prepare(const Matrix& matrix, Number dtype, const void* x, int64_t x_stride
         const Target to = {(int8_t*)vectors.numbers + v * vectors.stride, (float*)vectors.scales + v * sizes.scales,
                            (float*)vectors.sums + v * sizes.sums};
         if (matrix.kind == CODEBOOK) {
-            codebook_order(matrix, s, dtype, x, v * x_stride, (float*)to.numbers);
+            codebook_order(matrix, dtype, x, v * x_stride, (float*)to.numbers);
             continue;
         }
         if (s.chunks % LANES) {   // what fills the last block up

@@ -8,6 +8,7 @@
 #pragma once
 #include <utility>
 
+#include "codebook.hpp"
 #include "shape.hpp"
 
 namespace moeflow {
@@ -23,17 +24,25 @@ template <Kind KIND_, int BITS_, int UNITS_, int PLANES_> struct Form {
     static constexpr Kind KIND = KIND_;
     static constexpr int BITS = BITS_, UNITS = UNITS_, PLANES = PLANES_;
     static constexpr int FIELDS = 8 / code_bits(BITS), WORDS = 4 / UNITS;   // WORDS: of a unit
+    static constexpr int BLOCK = KIND == CODEBOOK ? LANES / 4 : LANES;      // chunks; a codebook's lane has one word
 };
+
+constexpr int AHEAD = 4096;   // bytes of words, or more: memory answers late, and rows are too short for it to guess
+
+inline INLINED void bring_near(const uint8_t* p, int nbytes) {
+    UNROLLED for (int i = 0; i < nbytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
 
 // What all rows have in common.
 struct Common {
     int64_t chunks, blocks, row_scales, row_steps;   // row_*: bytes from a row's scales to the next one's
+    int64_t ahead;                                   // rows from what is multiplied to what is brought near
     int meta, ratio, block_groups;
     Spread spread;
 
     Common(const Matrix& m, const Shape& s)
-        : chunks(s.chunks), blocks(s.blocks), row_scales(s.groups * m.meta / 4), row_steps((s.groups + 127) / 128 * 16),
-          meta(m.meta), ratio(s.ratio), block_groups(LANES * s.units / s.ratio), spread(s.ratio) {}
+        : chunks(s.chunks), blocks(s.blocks), row_scales(s.groups * (m.kind == CODEBOOK ? 2 : m.meta / 4)), row_steps((s.groups + 127) / 128 * 16),
+          ahead(2 * (1 + AHEAD / (s.chunks * 32))), meta(m.meta), ratio(s.ratio), block_groups(LANES * s.units / s.ratio), spread(s.ratio) {}
 };
 
 struct Row {
@@ -50,18 +59,19 @@ struct Activations {
 // Scale and zero of every unit of a block.
 template <int UNITS, bool TAIL>
 inline INLINED void scales_of(const Common& m, const Row& row, int64_t block, int chunks, int part, Floats* scale, Floats* zero) {
+    const int shared = TAIL ? chunks / m.ratio : m.block_groups;   // scales, where chunks share them
     const int64_t group = block * m.block_groups;
     if (m.meta == 16) {
         const uint8_t* pairs = row.scales + 4 * group;
         if (UNITS > 1 || m.ratio == 1) half_pairs<UNITS, TAIL>(pairs, chunks, part, scale, zero);
-        else spread_half_pairs(m.spread, pairs, chunks / m.ratio, part, scale[0], zero[0]);
+        else spread_half_pairs(m.spread, pairs, shared, part, scale[0], zero[0]);
         return;
     }
     const float* steps = row.steps + group / 128 * 4;   // a block's groups have the same
     const uint8_t* codes = row.scales + 2 * group;
     Ints two[UNITS > 2 ? 2 : 1];                        // units, 16 bits each
     if constexpr (UNITS > 1) take<UNITS / 2, TAIL>(codes, chunks, part, two);
-    else two[0] = m.ratio == 1 ? take_shorts<TAIL>(codes, chunks, part) : spread_shorts(m.spread, codes, chunks / m.ratio, part);
+    else two[0] = m.ratio == 1 ? take_shorts<TAIL>(codes, chunks, part) : spread_shorts(m.spread, codes, shared, part);
     each<UNITS>([&](auto u) INLINED {
         constexpr int at = 16 * (u & 1);
         scale[u] = fused(to_floats(bits_of<at, 0xFF>(two[u / 2])), all(steps[0]), all(steps[1]));
@@ -78,14 +88,43 @@ template <class T, int W, int F> inline INLINED Ints codes_of(const Ints* words,
     else return joined<2 * F, 4 * (W & 1) + F>(words[W], high[W / 2]);
 }
 
+// `add_block` for CODEBOOK: a word in every lane, eight columns of float32.
+template <class T, int ROWS, int COUNT, bool TAIL>
+inline INLINED void add_words(const Row (&rows)[ROWS], const Activations& x, int64_t block, int chunks, const Common& m,
+                              Floats (&sums)[ROWS][COUNT][PARTS]) {
+    const Table table(NF4);
+    UNROLLED for (int part = 0; part < PARTS; part++)
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            const uint8_t *words = rows[r].words + block * (LANES * 4), *scales = rows[r].scales + block * 4;
+            bring_near(words + m.ahead * m.chunks * 16, LANES * 4);
+            const Ints codes = load_words<TAIL>(words, 4 * chunks, part);
+            const Floats scale = half_scales(scales, TAIL ? chunks / 2 : 2, part);
+            Floats products[COUNT];
+            UNROLLED for (int v = 0; v < COUNT; v++) products[v] = all(0.f);
+            each<8>([&](auto f) INLINED {
+                const Floats weights = looked_up(table, bits_of<4 * f, -1>(codes));
+                UNROLLED for (int v = 0; v < COUNT; v++) {
+                    const float* numbers = (const float*)(x.numbers + v * x.stride) + (block * 8 + f) * LANES + part * WIDTH;
+                    products[v] = fused(weights, load(numbers), products[v]);
+                }
+            });
+            UNROLLED for (int v = 0; v < COUNT; v++) sums[r][v][part] = fused(products[v], scale, sums[r][v][part]);
+        }
+}
+
 // Adds a block's share of the products: sums[row][vector][part].
 template <class T, int ROWS, int COUNT, bool TAIL>
 inline INLINED void add_block(const Common& m, const Row (&rows)[ROWS], const Activations& x, int64_t block, int chunks,
                       Floats (&sums)[ROWS][COUNT][PARTS]) {
-    UNROLLED for (int part = 0; part < PARTS; part++) {
+    if constexpr (T::KIND == CODEBOOK) return add_words<T, ROWS, COUNT, TAIL>(rows, x, block, chunks, m, sums);
+    else UNROLLED for (int part = 0; part < PARTS; part++) {
         Ints words[ROWS][4], high[ROWS][2];
         Floats scale[ROWS][T::UNITS], zero[ROWS][T::UNITS], products[ROWS][COUNT];
         UNROLLED for (int r = 0; r < ROWS; r++) {
+            bring_near(rows[r].words + block * (LANES * 16) + m.ahead * m.chunks * 16, LANES * 16);
+            if constexpr (T::BITS == 3) bring_near(rows[r].high + block * (LANES * 8) + m.ahead * m.chunks * 8, LANES * 8);
+            if constexpr (T::KIND == AFFINE)
+                bring_near(rows[r].scales + (block * m.block_groups * m.meta >> 2) + m.ahead * m.row_scales, T::UNITS * 64);
             take<4, TAIL>(rows[r].words + block * (LANES * 16), chunks, part, words[r]);
             if constexpr (T::BITS == 3) take<2, TAIL>(rows[r].high + block * (LANES * 8), chunks, part, high[r]);
             if constexpr (T::KIND == AFFINE) scales_of<T::UNITS, TAIL>(m, rows[r], block, chunks, part, scale[r], zero[r]);
@@ -137,18 +176,20 @@ template <class T, int ROWS, int COUNT> inline void some_rows(const Job& job, co
     const Activations x = {(const uint8_t*)given.numbers + first * given.stride, given.scales + first * lanes,
                            given.sums + first * lanes * T::UNITS, given.stride, lanes, lanes * T::UNITS};
     Floats sums[ROWS][COUNT][PARTS], others[ROWS][COUNT][PARTS];   // of this block's turn, and of the next one's
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < COUNT; v++)
-            for (int part = 0; part < PARTS; part++) sums[r][v][part] = others[r][v][part] = all(0.f);
-    const int64_t full = m.chunks / LANES;
-    const int rest = (int)(m.chunks % LANES);
+    UNROLLED for (int r = 0; r < ROWS; r++)
+        UNROLLED for (int v = 0; v < COUNT; v++)
+            UNROLLED for (int part = 0; part < PARTS; part++) sums[r][v][part] = others[r][v][part] = all(0.f);
+    const int64_t full = m.chunks / T::BLOCK;
+    const int rest = (int)(m.chunks % T::BLOCK);
     for (int64_t block = 0; block < full; block++) {
-        add_block<T, ROWS, COUNT, false>(m, rows, x, block, LANES, sums);
-        std::swap(sums, others);
+        add_block<T, ROWS, COUNT, false>(m, rows, x, block, T::BLOCK, sums);
+        UNROLLED for (int r = 0; r < ROWS; r++)
+            UNROLLED for (int v = 0; v < COUNT; v++)
+                UNROLLED for (int part = 0; part < PARTS; part++) std::swap(sums[r][v][part], others[r][v][part]);
     }
     if (rest) add_block<T, ROWS, COUNT, true>(m, rows, x, full, rest, sums);
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < COUNT; v++) {
+    UNROLLED for (int r = 0; r < ROWS; r++)
+        UNROLLED for (int v = 0; v < COUNT; v++) {
             float sum = total(sums[r][v], others[r][v]);
             if constexpr (T::KIND == SIGNED) sum *= ((const float*)(job.blob + matrix.scales))[index[r]];
             if (matrix.bias >= 0) sum += ((const float*)(job.blob + matrix.bias))[index[r]];
@@ -188,6 +229,7 @@ template <int BITS, int PLANES> Multiply affine_of(int units) {
 template <int PLANES> Multiply kernel_of(const Matrix& m) {
     const int units = Shape(m).units;
     if (m.kind == SIGNED) return multiply<Form<SIGNED, 8, 1, PLANES>>;
+    if (m.kind == CODEBOOK) return multiply<Form<CODEBOOK, 4, 1, 2>>;   // without planes
     if (m.kind != AFFINE) return nullptr;
     if (m.bits == 2) return affine_of<2, PLANES>(units);
     if (m.bits == 3) return affine_of<3, PLANES>(units);

@@ -122,6 +122,24 @@ template <int UNITS, bool TAIL> inline void half_pairs(const uint8_t* p, int chu
     for (int u = 0; u < UNITS; u++) widen(pairs[u], scale[u], zero[u]);
 }
 
+// For CODEBOOK: integers in their own order, a scale for each half of the lanes, and numbers by the codes' low four bits.
+template <bool TAIL> inline Ints load_words(const uint8_t* p, int count, int part) {
+    return TAIL && count <= WIDTH * part ? _mm256_setzero_si256() : load_ints(p + 32 * part);
+}
+inline Floats half_scales(const uint8_t* p, int count, int part) {
+    uint16_t half = 0;
+    if (part < count) memcpy(&half, p + 2 * part, 2);
+    return _mm256_cvtph_ps(_mm_set1_epi16((short)half));
+}
+struct Table {
+    Floats low, high;
+    explicit Table(const float* p) : low(load(p)), high(load(p + 8)) {}
+};
+inline Floats looked_up(const Table& table, Ints codes) {   // a permutation takes three bits, the blend the fourth
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, codes), _mm256_permutevar8x32_ps(table.high, codes),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+}
+
 // Products of four codes with four numbers in each lane, summed exactly, for each of the numbers' planes.
 //
 // In 16 bits: pairs of products with codes of up to 4 bits stay below 3,840, and a chunk has at most 8 of them for each

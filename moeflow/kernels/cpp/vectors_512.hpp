@@ -114,6 +114,19 @@ template <int UNITS, bool TAIL> inline void half_pairs(const uint8_t* p, int chu
     }
 }
 
+// For CODEBOOK: integers in their own order, a scale for each half of the lanes, and numbers by the codes' low four bits.
+template <bool TAIL> inline Ints load_words(const uint8_t* p, int count, int) { return load_some<TAIL>(p, count, 0); }
+inline Floats half_scales(const uint8_t* p, int count, int) {
+    const __m256i pair = _mm256_broadcastd_epi32(_mm_maskz_loadu_epi16((1u << count) - 1, p));
+    const __m256i places = _mm256_setr_epi32(0, 0, 0, 0, 0x00010001, 0x00010001, 0x00010001, 0x00010001);
+    return _mm512_cvtph_ps(_mm256_permutexvar_epi16(places, pair));
+}
+struct Table {
+    Floats numbers;
+    explicit Table(const float* p) : numbers(load(p)) {}
+};
+inline Floats looked_up(const Table& table, Ints codes) { return _mm512_permutexvar_ps(codes, table.numbers); }
+
 // Products of four codes with four numbers in each lane, summed exactly, for each of the numbers' planes.
 #if defined(__AVX512VNNI__)
 template <int BITS, int PLANES> struct Dots {

@@ -102,6 +102,21 @@ template <int UNITS, bool TAIL> inline void half_pairs(const uint8_t* p, int chu
     for (int u = 0; u < UNITS; u++) widen(pairs[u], scale[u], zero[u]);
 }
 
+// For CODEBOOK: integers in their own order, a scale for each half of the lanes, and numbers by the codes' low four bits.
+template <bool TAIL> inline Ints load_words(const uint8_t* p, int count, int) {
+    return lanes<Ints>([=](int i) { return !TAIL || i < count ? number_at<uint32_t>(p, i) : 0u; });
+}
+inline Floats half_scales(const uint8_t* p, int count, int) {
+    return lanes<Floats>([=](int i) { return i / 8 < count ? half_to_float(number_at<uint16_t>(p, i / 8)) : 0.f; });
+}
+struct Table {
+    const float* numbers;
+    explicit Table(const float* p) : numbers(p) {}
+};
+inline Floats looked_up(const Table& table, const Ints& codes) {
+    return lanes<Floats>([&](int i) { return table.numbers[codes.at[i] & 15u]; });
+}
+
 // Products of four codes with four numbers in each lane, summed exactly.
 template <int BITS, int PLANES> struct Dots {
     Ints dot;
