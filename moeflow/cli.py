@@ -20,7 +20,7 @@ from moeflow.cli_bench import bench
 from moeflow.cli_eval import evaluate, evaluate_grid
 from moeflow.cli_explain import explain
 from moeflow.cli_hardware import hardware as hardware_commands
-from moeflow.cli_load import load
+from moeflow.cli_load import Cpu, Threads, load
 from moeflow.cli_pack import pack
 from moeflow.cli_plan import autotune, plan
 from moeflow.cli_probe import probe
@@ -113,6 +113,8 @@ def generate(
     k: Slots = None,
     policy: Policy = None,
     predictor: Predictor = None,
+    cpu: Cpu = None,
+    threads: Threads = None,
     hardware: Hardware = None,
     trace: Annotated[
         Path | None,
@@ -126,7 +128,7 @@ def generate(
     if trace is not None:
         check_writable(trace)
     changes: dict[str, Any] = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
-    changes["predictor"] = predictor
+    changes |= {"predictor": predictor, "cpu_experts": cpu, "cpu_threads": threads}
     with (
         load(artifact, record_routes=trace is not None, **changes) as engine,
         recording(engine, trace) if trace is not None else nullcontext(),
@@ -174,13 +176,15 @@ def chat(
     k: Slots = None,
     policy: Policy = None,
     predictor: Predictor = None,
+    cpu: Cpu = None,
+    threads: Threads = None,
     hardware: Hardware = None,
 ) -> None:
     """Talk to a packed model; an empty line or Ctrl-D ends. A model without chat template continues the text."""
     from moeflow.console import say
 
     changes: dict[str, Any] = {"strategy": ablation, "experts_per_layer": k, "policy": policy, "hardware": hardware}
-    changes["predictor"] = predictor
+    changes |= {"predictor": predictor, "cpu_experts": cpu, "cpu_threads": threads}
     with load(artifact, **changes) as engine:
         messages: list[dict[str, str]] = []
         session = engine.session()

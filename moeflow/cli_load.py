@@ -1,14 +1,27 @@
-"""An engine for a command: loaded with a progress bar, and a word where it will be slower than planned."""
+"""An engine for a command: loaded with a progress bar, and a word where it will be slower than planned.
+
+And options that commands share.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 if TYPE_CHECKING:
     from moeflow.engine import Engine
 
-__all__ = ["load"]
+__all__ = ["Cpu", "Threads", "load"]
+
+Cpu = Annotated[
+    Literal["auto", "off", "on", "only"] | None,
+    typer.Option(
+        help="Whether the CPU computes experts that the device lacks: beside a GPU a share (on) or all (only)."
+    ),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU, that compute experts.")]
 
 
 def load(artifact: Path, **changes: Any) -> Engine:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moeflow.cli_load import Cpu, Threads
 from moeflow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def plan(
         Literal["full", "no-prefetch", "no-cache", "naive"] | None,
         typer.Option("--ablation", help="Row of the paper's ablation."),
     ] = None,
+    cpu: Cpu = None,
+    threads: Threads = None,
     vram: Vram = "auto",
     ram: Ram = "auto",
     disk: Disk = "auto",
@@ -104,6 +107,7 @@ def plan(
     if (artifact is None) == (model is None):
         raise UsageError("give an artifact, or --model with the name of one that is not packed")
     changes: dict[str, Any] = {"experts_per_layer": k, "policy": policy, "strategy": ablation}
+    changes |= {"cpu_experts": cpu, "cpu_threads": threads}
     limits = {"vram": vram, "ram": ram, "disk": disk}
     if artifact is not None:
         changes |= {"hardware": hardware, "context_length": context_length}

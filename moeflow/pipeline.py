@@ -306,7 +306,8 @@ def load(artifact: str | Path, *, progress: Progress = silent, record_routes: bo
         progress: told of bytes as they are loaded.
         record_routes: let `moeflow.recording` write which experts tokens use.
         **overrides: of the profile: hardware, experts_per_layer, policy, half_life, cache_trace, predictor,
-            prefetch_depth, prefetch_experts, vram, ram, disk, context_length, dtype, strategy.
+            prefetch_depth, prefetch_experts, vram, ram, disk, context_length, dtype, strategy, execution, cpu_experts,
+            cpu_threads, cpu_activations.
     """
     opened = Artifact.open(artifact)
     plan = _plan_for(opened, overrides)

@@ -155,6 +155,19 @@ def test_cache_policy_and_strategy_are_taken(moe: Run) -> None:
     assert document["reasons"]["prefetch"] == "Guesses are off: the strategy is no-prefetch."
 
 
+def test_the_cpu_s_part_is_taken_and_shown(moe: Run) -> None:
+    here = (*MIXTRAL, "--hardware", "rtx-3090", "-k", 3, "--cpu", "on", "--threads", 5)
+    part = _planned(moe, *here)["plan"]["cpu"]
+    assert part["threads"] == 5 and 0 < part["share"] < 1 and not part["fixed"]
+    code, out, _ = moe("plan", *here)
+    assert code == 0
+    assert f"5 threads for {part['share']:.0%} of missing bytes at first" in " ".join(out.split())
+    assert "computed by the CPU" in out
+    alone = _planned(moe, *MIXTRAL, "--hardware", "rtx-3090", "--cpu", "only")["plan"]
+    assert set(alone["cache_slots"]) == {0} and alone["cpu"]["fixed"]
+    assert "cpu" not in _planned(moe, *MIXTRAL, "--hardware", "rtx-3090", "-k", 3)["plan"]
+
+
 # -- what is refused ---------------------------------------------------------------------------------------
 
 
@@ -173,6 +186,8 @@ def test_cache_policy_and_strategy_are_taken(moe: Run) -> None:
         ((*MIXTRAL, "--hardware", "t4", "--disk", "0"), 6, "takes at least 2.89 GiB of device memory and 13.1 GiB of"),
         ((*MIXTRAL, "--hardware", "t4", "-k", 9), 3, "experts_per_layer is 9; the model has 8 experts per layer"),
         ((*MIXTRAL, "--hardware", "t4", "--min-bits", 9), 2, "--min-bits"),
+        ((*MIXTRAL, "--hardware", "rtx-3090", "--threads", 99), 6, "cpu.threads is 99; rtx-3090 has 8 cores for this"),
+        ((*MIXTRAL, "--hardware", "t4", "--cpu", "on"), 3, "cpu.experts is on; beside a GPU that needs the device"),
         ((*MIXTRAL, "--hardware", "t4", "--context-length", 0), 2, "--context-length"),
         ((*MIXTRAL, "--hardware", "t4", "--min-speed", -1), 2, "--min-speed"),
     ],

@@ -2,8 +2,8 @@
 
 `python tools/cpu_speed.py [--levels] [--formats "hqq 4 64" ...]`: one vector times matrices (14336, 4096), one after
 another, more of them than caches hold, with one thread up to all; each thread has its share of the rows. Milliseconds,
-rate, share of the memory's rate and ratio to torch are medians of several rounds. `--levels` runs every level of
-instructions that the machine has, not the best alone.
+rate, share of the memory's rate and ratio to torch are medians of several rounds, in which both take turns. `--levels`
+runs every level of instructions that the machine has, not the best alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,44 +39,40 @@ FORMATS: dict[str, Scheme] = {
 }
 
 
-def rounds(action: Callable[[], object]) -> tuple[float, float]:
-    """Median and least seconds."""
-    action()
-    times = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times), min(times)
+def rounds(*actions: Callable[[], object]) -> list[tuple[float, float]]:
+    """Median and least seconds of each; they take turns, so that a busy machine is as busy for all."""
+    times: list[list[float]] = [[] for _ in actions]
+    for turn in range(ROUNDS + 1):
+        for action, mine in zip(actions, times, strict=True):
+            begin = time.perf_counter()
+            action()
+            if turn:
+                mine.append(time.perf_counter() - begin)
+    return [(statistics.median(mine), min(mine)) for mine in times]
 
 
-def say(
-    name: str, threads: int, nbytes: int, times: tuple[float, float], rate: float, torch_times: list[float]
-) -> None:
-    """A line; times are those of `nbytes`, others the medians of torch's int4 by threads."""
+def say(name: str, threads: int, nbytes: int, times: tuple[float, float], rate: float, ratio: str = "") -> None:
+    """A line; times are those of `nbytes`."""
     median, best = times
-    share = nbytes / median / rate
-    ratio = f"{others[threads - 1] / median:>8.2f}" if others else " " * 8
-    gigabytes = nbytes / median / 1e9, nbytes / best / 1e9
-    print(f"{name:<34}{threads:>3}{median * 1e3:>9.2f}{gigabytes[0]:>8.1f}{gigabytes[1]:>8.1f}{share:>8.2f}{ratio}")
+    gigabytes = f"{nbytes / median / 1e9:>8.1f}{nbytes / best / 1e9:>8.1f}"
+    print(f"{name:<34}{threads:>3}{median * 1e3:>9.2f}{gigabytes}{nbytes / median / rate:>8.2f}{ratio:>16}")
 
 
-def torch_int4(rate: float, most: int) -> list[float]:
-    """Median seconds of torch's int4 product by threads."""
-    codes = torch.randint(0, 16, (ROWS, COLUMNS), dtype=torch.int32)
-    first = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-    count = -(-TOGETHER // first.nbytes)
-    weights = [first.clone() for _ in range(count)]
-    pairs = [torch.rand(COLUMNS // 64, ROWS, 2).bfloat16() for _ in range(count)]
-    x, found = torch.randn(1, COLUMNS).bfloat16(), []
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu
-    for threads in range(1, most + 1):
-        torch.set_num_threads(threads)
-        times = rounds(lambda: [product(x, w, 64, p) for w, p in zip(weights, pairs, strict=True)])
-        each = times[0] / count, times[1] / count
-        found.append(each[0])
-        say("torch int4 g64, bfloat16", threads, first.nbytes + pairs[0].nbytes, each, rate, [])
-    return found
+class TorchInt4:
+    """torch's int4 product with groups of 64 and bfloat16 activations: what it does to all of its matrices."""
+
+    def __init__(self) -> None:
+        codes = torch.randint(0, 16, (ROWS, COLUMNS), dtype=torch.int32)
+        first = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        self.count = -(-TOGETHER // first.nbytes)
+        self._weights = [first.clone() for _ in range(self.count)]
+        self._pairs = [torch.rand(COLUMNS // 64, ROWS, 2).bfloat16() for _ in range(self.count)]
+        self._x = torch.randn(1, COLUMNS).bfloat16()
+        self.nbytes = first.nbytes + self._pairs[0].nbytes
+
+    def __call__(self) -> None:
+        for weight, pairs in zip(self._weights, self._pairs, strict=True):
+            torch.ops.aten._weight_int4pack_mm_for_cpu(self._x, weight, 64, pairs)
 
 
 def blobs(matrix: PackedMatrix) -> list[Tensor]:
@@ -84,19 +81,28 @@ def blobs(matrix: PackedMatrix) -> list[Tensor]:
     return list(torch.randint(0, 60, (-(-TOGETHER // end), -(-end // 4096) * 4096), dtype=torch.uint8))
 
 
-def kernels(name: str, rate: float, most: int, level: int, planes: int, torch_times: list[float]) -> None:
+def kernels(name: str, rate: float, most: int, level: int, planes: int, other: TorchInt4) -> None:
     matrix = packed_matrix("m", ROWS, COLUMNS, FORMATS[name], "float32")
     gemv = cpu.CpuGemv(matrix, planes, level)
     pool, x, out = blobs(matrix), gemv.prepare(torch.randn(1, COLUMNS)), torch.empty(1, ROWS)
     nbytes = sum(s.nbytes for s in matrix.segments)
     for threads in range(1, most + 1):
+        torch.set_num_threads(threads)
         cuts = [ROWS * i // threads for i in range(threads + 1)]
         jobs = [[gemv.job(b, x, out, *cuts[i : i + 2]) for b in pool] for i in range(threads)]
         with ThreadPoolExecutor(threads) as workers:
-            times = rounds(lambda jobs=jobs, go=workers.map: list(go(lambda mine: [gemv.run(j) for j in mine], jobs)))
-        each = times[0] / len(pool), times[1] / len(pool)
+            ours = partial(_all_jobs, workers, gemv, jobs)
+            mine, theirs = rounds(ours, other)
+        each = mine[0] / len(pool), mine[1] / len(pool)
+        those = theirs[0] / other.count, theirs[1] / other.count
         label = f"{name}, {cpu.LEVELS[level]}" + (", int8 x" if planes == 1 else "")
-        say(label, threads, nbytes, each, rate, torch_times)
+        ratio = f"{those[0] / each[0]:.2f}, best {those[1] / each[1]:.2f}"
+        say(label, threads, nbytes, each, rate, ratio)
+        say("  torch int4 beside it", threads, other.nbytes, those, rate)
+
+
+def _all_jobs(workers: ThreadPoolExecutor, gemv: cpu.CpuGemv, jobs: list[list[cpu.Job]]) -> None:
+    list(workers.map(lambda mine: [gemv.run(job) for job in mine], jobs))
 
 
 def main() -> None:
@@ -109,13 +115,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rate = read_rate().rate
     print(f"host memory reads {rate / 1e9:.1f} GB/s with {options.threads} threads; ({ROWS}, {COLUMNS}), one vector")
-    print(f"{'':<30}threads{'ms':>9}{'GB/s':>8}{'best':>8}{'share':>8}{'x torch':>8}")
-    torch_times = torch_int4(rate, options.threads)
-    best = cpu.best_level()
+    print(f"{'':<30}threads{'ms':>9}{'GB/s':>8}{'best':>8}{'share':>8}{'x torch':>16}")
+    other, best = TorchInt4(), cpu.best_level()
     for name in options.formats:
         for level in range(best, -1 if options.levels else best - 1, -1):
             for planes in options.planes:
-                kernels(name, rate, options.threads, level, planes, torch_times)
+                kernels(name, rate, options.threads, level, planes, other)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ UNITS: dict[str, tuple[str, ...]] = {
 # Without contraction: where a product and a sum are one operation is said by the source.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-fno-exceptions",
          "-fno-rtti", "-fPIC", "-fvisibility=hidden", "-pthread")  # fmt: skip
-LINK = ("-shared", "-pthread", "-static-libstdc++", "-static-libgcc")
+LINK = ("-shared", "-s", "-pthread", "-static-libstdc++", "-static-libgcc")
 
 
 def build(target: Path, compiler: str | None = None) -> None:

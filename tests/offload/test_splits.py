@@ -68,7 +68,7 @@ class Oracle:
     """A policy that is told who came in whole."""
 
     def __init__(self, policy: CachePolicy):
-        self.policy, self.hits, self.misses = policy, 0, 0
+        self.policy, self.hits, self.used, self.misses = policy, 0, 0, 0
 
     def step(
         self, needed: Sequence[int], guessed: Sequence[int], ratios: Sequence[Sequence[int]]
@@ -80,9 +80,9 @@ class Oracle:
         missing = [e for e in wanted if e not in self.policy and e not in guessed]
         for expert in hits:
             self.policy.touch(expert)
-        for expert in landed:
-            self.policy.admit(expert)
         missing.sort(key=lambda e: (-self.policy.wish(e), e))
+        landed.sort(key=guessed.index)
+        missing = landed + missing
         here = {e: list(ROWS) for e in wanted}
         whole, rows = len(missing), [0, 0]
         if missing:
@@ -93,7 +93,8 @@ class Oracle:
             else:
                 here[expert] = rows if number == whole else [0, 0]
                 self.policy.see(expert)
-        self.hits, self.misses = self.hits + len(hits), self.misses + len(missing)
+        used = sum(1 for e in landed if any(here[e]))
+        self.hits, self.used, self.misses = self.hits + len(hits), self.used + used, self.misses + len(missing) - used
         return here
 
 
@@ -145,7 +146,7 @@ def test_every_step_is_the_policys(policy: str, shape: tuple[int, int, int, int]
         for expert, blob in kept.items():
             assert torch.equal(blob, host[expert])
     traffic = cache.count(Traffic())
-    assert (traffic.hits, traffic.misses) == (oracle.hits, oracle.misses)
+    assert (traffic.hits, traffic.guesses_used, traffic.misses) == (oracle.hits, oracle.used, oracle.misses)
     assert 0 < traffic.missed_bytes <= traffic.misses * NBYTES
     pool = cache._pool(0)
     free, kept_buffers = int(pool.state[1]), sum(1 for b in cache._buffers[0].tolist() if b >= 0)

@@ -27,7 +27,7 @@ template <Kind KIND_, int BITS_, int UNITS_, int PLANES_> struct Form {
     static constexpr int BLOCK = KIND == CODEBOOK ? LANES / 4 : LANES;      // chunks; a codebook's lane has one word
 };
 
-constexpr int AHEAD = 4096;   // bytes of words, or more: memory answers late, and rows are too short for it to guess
+constexpr int AHEAD = 12288;   // bytes of words, or more: memory answers late, and rows are too short for it to guess
 
 inline INLINED void bring_near(const uint8_t* p, int nbytes) {
     UNROLLED for (int i = 0; i < nbytes; i += 64) __builtin_prefetch(p + i, 0, 2);

@@ -58,6 +58,7 @@ __shared__ int needed[EXPERTS];
 __shared__ int guess_of[EXPERTS];    // index of the guess that brought it, else -1
 __shared__ int place[EXPERTS];       // buffer in this step
 #if SHARED
+constexpr double BEGUN = 1e15;       // beyond what policies give
 __shared__ int here[2][EXPERTS];     // rows of either half that the device computes
 __shared__ int early[2][EXPERTS];    // of these, rows that are there already
 #endif
@@ -186,13 +187,14 @@ __device__ void admit(int expert, int buffer, int* layer, const Ring& ring, int 
 }
 
 #if SHARED
-// Which of the missing experts is most worth being cached: by what the policy keeps it for, then the lower one.
+// Which of the missing experts is most worth being brought: those first that a guess has begun with, then by what the policy
+// keeps it for, then the lower one.
 __device__ __forceinline__ int most_wanted(int lane) {
     double most = -1e300;
     int who = 0x7FFFFFFF;
     for (int e = lane; e < EXPERTS; e += 32) {
         if (!needed[e] || place[e] >= 0) continue;
-        const double v = STATIC ? (double)stamp[e] : value(e);
+        const double v = guess_of[e] >= 0 ? BEGUN - guess_of[e] : STATIC ? (double)stamp[e] : value(e);
         if (v > most) { most = v; who = e; }
     }
 #pragma unroll
@@ -221,16 +223,18 @@ __device__ __forceinline__ Split split(const int* ratio, int missing) {
 #endif
 
 #if SHARED
-// Deals out what is missing: `made` jobs are listed already. Gives the number of those that are added; `computed`: how many
-// experts the CPU has all of.
-__device__ int share_out(int* desk, int* shares, int* jobs, int made, int n, long long rows0, long long rows1, int* layer,
-                         const Ring& ring, int lane, int* computed) {
-    int missing = 0;
+// Deals out what is missing, begun or not. Gives the number of jobs; `used`: how many of them complete a guess; `computed`: how
+// many experts the CPU has all of.
+__device__ int share_out(int* desk, int* shares, int* jobs, int n, long long rows0, long long rows1, const int* guessed,
+                         int* layer, const Ring& ring, int lane, int* used, int* computed) {
+    int missing = 0, begun = 0;
     for (int base = 0; base < EXPERTS; base += 32) {
         const int e = base + lane;
-        missing += __popc(__ballot_sync(0xFFFFFFFFu, e < EXPERTS && needed[e] && place[e] < 0));
+        const bool mine = e < EXPERTS && needed[e] && place[e] < 0;
+        missing += __popc(__ballot_sync(0xFFFFFFFFu, mine));
+        begun |= __ballot_sync(0xFFFFFFFFu, mine && guess_of[e] >= 0) != 0;
     }
-    const int kind = min(missing, CLASSES / 2) - 1 + (made ? CLASSES / 2 : 0);
+    const int kind = min(missing, CLASSES / 2) - 1 + (begun ? CLASSES / 2 : 0);
     int* ratio = desk + RATIO + 2 * kind;
     Split s = {missing, {0, 0}};
     const bool alone = load_volatile(desk + ALONE) != 0;
@@ -244,9 +248,9 @@ __device__ int share_out(int* desk, int* shares, int* jobs, int made, int n, lon
                 for (int h = 0; h < 2; h++) ratio[h] = max(ratio[h] - 1, 0);
         }
     }
-    int jobs_added = 0;
+    int made = 0;
     for (int i = 0; i < missing; i++) {
-        const int expert = most_wanted(lane);
+        const int expert = most_wanted(lane), guess = guess_of[expert];
         const bool all = i < s.whole;
         int cut[2] = {(int)rows0, (int)rows1};
         if (!all)
@@ -254,17 +258,17 @@ __device__ int share_out(int* desk, int* shares, int* jobs, int made, int n, lon
                 cut[h] = i == s.whole ? (int)((long long)cut[h] * s.rest[h] / ONE / ROW_STEP) * ROW_STEP : 0;
         const bool copied = cut[0] || cut[1];
         int buffer = 0;
+        if (lane == 0 && (copied || guess >= 0)) buffer = guess >= 0 ? guessed[2 * guess + 1] : take(ring);
+        buffer = __shfl_sync(0xFFFFFFFFu, buffer, 0);
         if (copied) {
             if (lane == 0) {
-                buffer = take(ring);
-                const int j = made + jobs_added;
-                jobs[3 * j] = expert;
-                jobs[3 * j + 1] = buffer;
-                jobs[3 * j + 2] = -1;
-                for (int h = 0; h < 2; h++) shares[(CUTS + h) * n + j] = cut[h];
+                jobs[3 * made] = expert;
+                jobs[3 * made + 1] = buffer;
+                jobs[3 * made + 2] = guess;
+                for (int h = 0; h < 2; h++) shares[(CUTS + h) * n + made] = cut[h];
             }
-            buffer = __shfl_sync(0xFFFFFFFFu, buffer, 0);
-            jobs_added++;
+            made++;
+            *used += guess >= 0;
         } else (*computed)++;
         if (all) admit(expert, buffer, layer, ring, lane);
         else {
@@ -272,12 +276,12 @@ __device__ int share_out(int* desk, int* shares, int* jobs, int made, int n, lon
             if (lane == 0) {
                 place[expert] = buffer;
                 for (int h = 0; h < 2; h++) here[h][expert] = cut[h];
-                if (copied) give(ring, buffer);
+                if (copied || guess >= 0) give(ring, buffer);
             }
         }
         __syncwarp(0xFFFFFFFFu);
     }
-    return jobs_added;
+    return made;
 }
 #endif
 
@@ -375,8 +379,9 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
         // Guesses go on until here: giving way takes them 4 us, and choosing victims and writing the tables as long.
         if (pass == 2 && lane == 0) store_volatile(stop, 1);
 #if SHARED
+        if (pass == 1 && desk) continue;
         if (pass == 2 && desk) {
-            total += share_out(desk, shares, jobs, total, n, rows0, rows1, layer, ring, lane, &computed);
+            total = share_out(desk, shares, jobs, n, rows0, rows1, guessed, layer, ring, lane, &used, &computed);
             break;
         }
 #endif
@@ -405,9 +410,6 @@ lookup(const long long* chosen, long long n_, int* buffers, int* stamps, double*
                         jobs[3 * total] = expert;
                         jobs[3 * total + 1] = buffer;
                         jobs[3 * total + 2] = g;
-#if SHARED
-                        if (desk) shares[CUTS * n + total] = (int)rows0, shares[(CUTS + 1) * n + total] = (int)rows1;
-#endif
                     }
                     buffer = __shfl_sync(0xFFFFFFFFu, buffer, 0);
                     admit(expert, buffer, layer, ring, lane);

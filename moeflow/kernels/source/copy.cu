@@ -105,18 +105,18 @@ copy_rows(const char* source, char* pool, long long nbytes, const int* jobs, con
         const bool all = cuts[j] == rows;
         // No piece before it is asked for. A half's first rows may lie in a piece that the half before ends in.
         long long begin = all ? first : 0;
+        const int done = guess < 0 ? 0 : progress[guess * WARPS + warp];
+        if (first == 0) spared += done;
         for (int s = 0; s < (all ? 1 : (int)part_count); s++) {
             long long end = last, p;
-            if (guess >= 0) {   // the warp goes on where it came to
-                const int done = progress[guess * WARPS + warp];
-                if (first == 0) spared += done;
+            if (!all) {
+                begin = max(begin, parts[2 * s] / PIECE);
+                end = cuts[j] ? min((parts[2 * s] + cuts[j] * parts[2 * s + 1] + PIECE - 1) / PIECE, last) : begin;
+            }
+            if (guess >= 0) {   // the warp goes on where it came to, with every WARPS-th piece
                 p = warp + (long long)done * WARPS;
-                if (p < first) p += (first - p + WARPS - 1) / WARPS * WARPS;
+                if (p < begin) p += (begin - p + WARPS - 1) / WARPS * WARPS;
             } else {
-                if (!all) {
-                    begin = max(begin, parts[2 * s] / PIECE);
-                    end = cuts[j] ? min((parts[2 * s] + cuts[j] * parts[2 * s + 1] + PIECE - 1) / PIECE, last) : begin;
-                }
                 p = begin + (warp + WARPS - turn % WARPS) % WARPS;
                 turn += max(end - begin, 0ll);
             }
