@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from moeflow.kernels.cpu import CpuVectors
-from moeflow.kernels.gemv import MOST_TOKENS
-from moeflow.model.products import Product, Products
+from moeflow.model.products import PACKED_TOKENS, Product, Products
 from moeflow.schema import Manifest, PlannedCpu
 
 __all__ = ["CpuExperts", "Work"]
@@ -46,7 +45,7 @@ class CpuExperts:
 
     def few(self, layout: int, tokens: int) -> bool:
         """Whether an expert of this layout is multiplied packed for so many tokens."""
-        return tokens <= MOST_TOKENS and None not in self._gemvs[layout]
+        return tokens <= PACKED_TOKENS and None not in self._gemvs[layout]
 
     def compute(self, module: Any, works: Sequence[Work]) -> None:
         """Fill every result; `few` holds of all."""

@@ -53,8 +53,9 @@ class Execution(Protocol):
     def traffic(self) -> Traffic:
         """What the link carried since the start; waits for the device."""
 
-    problem: str | None
-    """What is not used as planned, and why."""
+    @property
+    def problem(self) -> str | None:
+        """What is not used as planned, and why."""
 
     def bind(self, model: Any) -> None:
         """Take the model that calls `runner`."""

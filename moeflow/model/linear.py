@@ -15,8 +15,9 @@ from moeflow.kernels.cpu import CpuGemv
 from moeflow.kernels.gemv import MOST_TOKENS, Gemv, Jobs, unsupported
 from moeflow.kernels.launcher import Launcher
 from moeflow.kernels.unpack import PIECE, Unpacker, Workspace
+from moeflow.model.cpu_linear import CpuLinears
 from moeflow.model.inputs import Inputs
-from moeflow.model.products import CpuUnpacker, Product, Products
+from moeflow.model.products import PACKED_TOKENS, CpuUnpacker, Products
 from moeflow.schema import PackedMatrix, Segment
 
 __all__ = ["Merged", "PackedLinear", "merge", "multiply", "use_kernels", "use_products"]
@@ -38,7 +39,8 @@ class PackedLinear(nn.Module):
         self.gemv: Gemv | None = None
         self._blocks = row_blocks(matrix)
         self._unpackers: Sequence[Unpacker | CpuUnpacker] = []  # of the blocks, where there are kernels
-        self._few: CpuFew | None = None
+        self._packed: CpuGemv | None = None
+        self._linears: CpuLinears | None = None
         self._workspace: Workspace | None = None
         self.merged: Merged | None = None
         self._inputs = Inputs()
@@ -71,8 +73,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x [..., in]."""
         tokens = x.numel() // self.in_features
-        if self._few is not None and tokens <= MOST_TOKENS:
-            out = self._few(self.blob, x).view(*x.shape[:-1], self.out_features)
+        if self._packed is not None and self._linears is not None and tokens <= PACKED_TOKENS:
+            out = self._linears.multiply(self._packed, self.blob, x).view(*x.shape[:-1], self.out_features)
             return out if self.bias is None else out + self.bias
         if self.gemv is None or tokens > MOST_TOKENS:
             return self._dense(x)
@@ -90,10 +92,10 @@ class PackedLinear(nn.Module):
             self._inputs = inputs
         self.move(self.matrix, self.blob)
 
-    def attach_products(self, products: Products) -> None:
+    def attach_products(self, products: Products, linears: CpuLinears) -> None:
         """Multiply by the CPU's kernels from now on, where they serve."""
         if (gemv := products.gemv(self.matrix)) is not None:
-            self._few, self._workspace = CpuFew(products, gemv), products.workspace
+            self._packed, self._linears, self._workspace = gemv, linears, products.workspace
             self._unpackers = [CpuUnpacker(products, CpuGemv(block)) for block in self._blocks]
 
     def move(self, matrix: PackedMatrix, blob: Tensor) -> None:
@@ -112,20 +114,6 @@ def multiply(gemv: Gemv, blob: Tensor, x: Tensor, inputs: Inputs, reader: Packed
     prepared = inputs.prepare(gemv, x, reader)
     starts, lists = (None, None) if tokens == 1 else inputs.lists(tokens, x.device)
     return gemv.multiply(prepared, Jobs(blob[None], None, tokens, 1, starts, lists), tokens, x.dtype)
-
-
-class CpuFew:
-    """A packed matrix times few vectors, by the CPU's kernels."""
-
-    def __init__(self, products: Products, gemv: CpuGemv):
-        self._products, self._gemv = products, gemv
-
-    def __call__(self, blob: Tensor, x: Tensor) -> Tensor:
-        """x [..., K] times W: [T, N]."""
-        vectors = self._gemv.prepare(x.reshape(-1, self._gemv.matrix.columns))
-        out = torch.empty(vectors.struct.count, self._gemv.matrix.rows)
-        self._products.run([Product(self._gemv, blob, vectors, out)])
-        return out.to(x.dtype)
 
 
 class Merged:
@@ -240,6 +228,7 @@ def use_kernels(model: nn.Module, launcher: Launcher, workspace: Workspace | Non
 
 def use_products(model: nn.Module, products: Products) -> None:
     """Let all packed layers of `model` multiply by the CPU's kernels."""
+    linears = CpuLinears(products)
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            module.attach_products(products)
+            module.attach_products(products, linears)

@@ -1,7 +1,7 @@
 """Experts that the CPU computes where they lie: of layers without slots, on a machine whose one memory is the device's.
 
-A copy into a slot would read and write what the product reads anyway. Which layers these are is said by the plan; here are
-their blobs, and the count of what was read. What lies on the disk goes through the cache's landing buffers, as ever.
+A copy into a slot would read and write what the product reads anyway. Which layers these are is said by the plan; here
+are their blobs, and the count of what was read. What lies on the disk goes through the cache's landing buffers.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def in_place(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile) -> 
     that the kernels do not multiply. Whether host memory holds all experts then is for whoever plans to see.
     """
     cache, prefetch = profile.cache, profile.prefetch
-    copying = cache.experts_per_layer != "auto" or cache.trace is not None or profile.strategy != "full"
+    copying = cache.experts_per_layer not in ("auto", 0) or cache.trace is not None or profile.strategy != "full"
     copying = copying or (prefetch.predictor != "none" and prefetch.depth not in ("auto", 0))
     able = hardware.gpu is None and profile.execution != "device" and profile.cpu.experts != "off"
     if copying or not able or not all(map(computes, sizes.layers)):
