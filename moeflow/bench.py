@@ -183,7 +183,7 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
             "wasted_bytes": wasted * per_token if guessing and wasted is not None else None,
             "streamed_bytes": decode.streamed_bytes * per_token,
             "computed_bytes": decode.computed_bytes * per_token if plan.cpu and execution == "device" else None,
-            "read_bytes": reads,
+            "read_bytes": reads - decode.computed_bytes * per_token,
             "prefill_bytes": first_traffic.moved_bytes,
             "cold_prefill_bytes": cold_traffic.moved_bytes,
             "guesses": decode.guesses if guessing else None,

@@ -36,7 +36,7 @@ def probe(
     quick: Annotated[bool, typer.Option("--quick", help="Measure nothing: what the machine has, in a moment.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
 ) -> None:
-    """Measure this machine: GPU, memory, link, disk. The file is shareable; it names no host and no user."""
+    """Measure this machine: GPU, CPU, memory, link, disk. The file is shareable; it names no host and no user."""
     from moeflow.console import out, progress_bar
     from moeflow.console_hardware import (
         show_cpu_kernels,
@@ -56,6 +56,10 @@ def probe(
             from moeflow.calibration import calibrated
 
             found = calibrated(found, progress)
+        if not quick:
+            from moeflow.cpu_calibration import calibrated_cpu
+
+            found = calibrated_cpu(found, progress)
     if save:
         found.save(save)
     if as_json:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Protocol
 
 from moeflow.artifact.layout import expert_layout
 from moeflow.errors import DeviceError
 from moeflow.kernels.cpu import best_level
+from moeflow.kernels.crew import Crew
 from moeflow.planning.cpu_rates import usual_threads
 from moeflow.planning.rates import format_of
 from moeflow.probe import cpu_kernels
@@ -22,7 +22,7 @@ from moeflow.progress import Progress, silent
 from moeflow.schema import BitsAndBytesScheme, CpuKernels, HardwareProfile, HqqScheme, JointRates, PackedMatrix, Scheme
 from moeflow.schema.kernels import Level
 
-__all__ = ["SCHEMES", "SHAPE", "Crew", "calibrated_cpu"]
+__all__ = ["SCHEMES", "SHAPE", "calibrated_cpu"]
 
 SHAPE = (4096, 14336)
 """Hidden and intermediate of the experts whose first product is timed."""
@@ -39,26 +39,18 @@ LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "vnni")  # as `kernel
 SHARE = 32  # of host memory: what matrices may take of it
 
 
-class Crew(cpu_kernels.Workers, Protocol):
-    """Threads that end."""
-
-    def close(self) -> None:
-        """No job comes any more."""
-
-
 def calibrated_cpu(
-    hardware: HardwareProfile, crew: Callable[[int], Crew], progress: Progress = silent, shape: tuple[int, int] = SHAPE
+    hardware: HardwareProfile, progress: Progress = silent, crew: Callable[[int], Crew] = Crew
 ) -> HardwareProfile:
     """The profile of this machine with its CPU's kernels measured; without kernels with a remark that says so.
 
     Args:
         hardware: this machine.
-        crew: starts so many threads.
         progress: told of each measurement.
-        shape: hidden and intermediate of the experts.
+        crew: starts so many threads.
     """
     threads, pool = usual_threads(hardware), min(cpu_kernels.POOL, hardware.ram // SHARE)
-    matrices = {format_of(scheme): expert_layout(*shape, scheme, "bfloat16").matrices[0] for scheme in SCHEMES}
+    matrices = {format_of(scheme): expert_layout(*SHAPE, scheme, "bfloat16").matrices[0] for scheme in SCHEMES}
     try:
         with contextlib.closing(crew(threads)) as workers:
             found = cpu_kernels.product_rates(matrices, workers, pool, progress)

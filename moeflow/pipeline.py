@@ -90,8 +90,15 @@ def seen_from(directory: Path, profile: Profile) -> Profile:
 
 
 def resolve_hardware(name: str) -> HardwareProfile:
-    """`auto` probes this machine; else a name in `hardware/` or a path."""
-    return probe() if name == "auto" else find_hardware(name)
+    """`auto` probes this machine, beside a GPU with the CPU's kernels; else a name in `hardware/` or a path."""
+    if name != "auto":
+        return find_hardware(name)
+    found = probe()
+    if found.gpu is None:  # what is planned does not depend on them
+        return found
+    from moeflow.cpu_calibration import calibrated_cpu
+
+    return calibrated_cpu(found)
 
 
 def autotune(

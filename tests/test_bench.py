@@ -67,12 +67,16 @@ def test_compared_rows_differ_in_who_takes_the_experts_and_share_everything_else
     if not emulator.available():
         pytest.skip("no g++")
     source = artifact()
-    chosen = settings("device", compare=("cpu", "link", "both"), launcher=emulator.EmulatedLauncher())
+    few = {"tokens": 4, "warm_up": 2, "prompt": 8}
+    chosen = settings("device", compare=("cpu", "link", "both"), launcher=emulator.EmulatedLauncher(), **few)
     cpu, link, both = run_rows(source, resolve_hardware("cpu-2-cores"), chosen)
     assert [row.experts_on for row in (cpu, link, both)] == ["cpu", "link", "both"]
     assert (cpu.k, link.k, both.k) == (0, 4, 4)
     assert link.computed_bytes is None and link.cpu_share is None
     assert cpu.computed_bytes is not None and both.computed_bytes is not None
+    assert link.read_bytes and both.read_bytes == link.read_bytes - both.computed_bytes
+    if not both.note:  # the kernels are there
+        assert cpu.missed_bytes == 0 and cpu.cpu_share == 1.0 and 0 < (both.cpu_share or 0) < 1
     assert (cpu.tokens, cpu.prompt_tokens, cpu.routing) == (link.tokens, link.prompt_tokens, link.routing)
     settings_that_differ = {"k", "experts_on", "note"}
     asked = BenchmarkRow.model_fields.keys() - settings_that_differ

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from probe.test_nvml import BOARDS, FakeDriver
 
-from moeflow import cli_probe
-from moeflow.probe import bandwidth, disk
+from moeflow import cli_probe, cpu_calibration
+from moeflow.probe import bandwidth, cpu_kernels, disk
 from moeflow.probe.match import find_hardware
 from moeflow.schema import HardwareProfile
 
@@ -24,6 +24,8 @@ def moe(moe: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """`moe(*arguments)` in this process and in a directory of its own: exit code, stdout, stderr."""
     monkeypatch.setattr(bandwidth, "BUFFER", 4 << 20)
     monkeypatch.setattr(disk, "LARGEST", 8 << 20)
+    monkeypatch.setattr(cpu_kernels, "POOL", 4 << 20)
+    monkeypatch.setattr(cpu_calibration, "SHAPE", (256, 512))
     monkeypatch.chdir(tmp_path)
 
     return moe

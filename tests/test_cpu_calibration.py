@@ -64,7 +64,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_products_of_every_format_are_measured_by_the_threads_of_plans(
     measured: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = calibrated_cpu(find_hardware("h100-80gb"), FakeCrew)
+    found = calibrated_cpu(find_hardware("h100-80gb"), crew=FakeCrew)
     kernels = found.cpu.kernels
     assert kernels and kernels.level == "vnni" and kernels.threads == 15
     assert kernels.products == {"2-bit": 80 * GB, "4-bit": 79 * GB}
@@ -82,7 +82,7 @@ def test_products_of_every_format_are_measured_by_the_threads_of_plans(
 
 def test_without_a_gpu_all_cores_multiply_and_nothing_is_beside(measured: dict[str, Any]) -> None:
     small = find_hardware("cpu-2-cores").model_copy(update={"ram": 8 << 30})
-    found = calibrated_cpu(small, FakeCrew)
+    found = calibrated_cpu(small, crew=FakeCrew)
     assert found.cpu.kernels and found.cpu.kernels.joint is None and found.cpu.kernels.threads == 2
     assert "beside" not in measured and measured["pool"] == 256 << 20
     assert found.description == small.description
@@ -100,7 +100,7 @@ def test_without_a_gpu_all_cores_multiply_and_nothing_is_beside(measured: dict[s
 )
 def test_rates_at_once_that_cannot_be_are_left_out_and_said(measured: dict[str, Any], joint: Any, said: str) -> None:
     measured["joint"] = joint
-    found = calibrated_cpu(find_hardware("h100-80gb"), FakeCrew)
+    found = calibrated_cpu(find_hardware("h100-80gb"), crew=FakeCrew)
     assert found.cpu.kernels and found.cpu.kernels.joint is None
     assert said in found.description and "/some/where" not in found.to_yaml()
 
@@ -113,12 +113,12 @@ def test_an_installation_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch
     before = find_hardware("h100-80gb")
     for starts in (none, FakeCrew):
         monkeypatch.setattr(cpu_kernels, "product_rates", none)
-        found = calibrated_cpu(before, starts)
+        found = calibrated_cpu(before, crew=starts)
         assert found.cpu == before.cpu and found.sources == before.sources
         assert found.description.endswith("; the CPU's kernels are not measured: CPU kernels are off")
     assert FakeCrew.closed == [15], "threads end whatever happens"
     monkeypatch.setattr(cpu_kernels, "product_rates", lambda *_: {})
-    assert "there is none for any format" in calibrated_cpu(before, FakeCrew).description
+    assert "there is none for any format" in calibrated_cpu(before, crew=FakeCrew).description
 
 
 @pytest.mark.usefixtures("measured")
@@ -128,7 +128,7 @@ def test_hardware_shows_them(
     from moeflow import console
 
     monkeypatch.setattr(console.out, "_width", 300)
-    found = calibrated_cpu(find_hardware("h100-80gb"), FakeCrew)
+    found = calibrated_cpu(find_hardware("h100-80gb"), crew=FakeCrew)
     file = tmp_path / "mine.yaml"
     found.save(file)
     code, out, _ = moe("hardware", "show", str(file))
@@ -142,10 +142,24 @@ def test_the_probe_shows_them_as_a_table(capsys: pytest.CaptureFixture[str]) -> 
 
     from moeflow.console_hardware import show_cpu_kernels
 
-    show_cpu_kernels(calibrated_cpu(find_hardware("h100-80gb"), FakeCrew), Console(width=120))
+    show_cpu_kernels(calibrated_cpu(find_hardware("h100-80gb"), crew=FakeCrew), Console(width=120))
     out = capsys.readouterr().out
     assert "CPU kernels: 15 threads, vnni" in out
     rows = [line.split() for line in out.splitlines()]
     assert ["2-bit", "80", "GB/s", "0.72"] in rows and ["beside", "copies", "69", "GB/s"] in rows
     show_cpu_kernels(find_hardware("rtx-4090"), Console(width=120))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("name", "measures"), [("h100-80gb", True), ("cpu-2-cores", False)])
+def test_hardware_auto_measures_them_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str, measures: bool) -> None:
+    """Plans share misses by what was measured; without a GPU they do not depend on it."""
+    from moeflow import pipeline
+
+    asked: list[HardwareProfile] = []
+    monkeypatch.setattr(pipeline, "probe", lambda: find_hardware(name))
+    monkeypatch.setattr(cpu_calibration, "calibrated_cpu", lambda found: asked.append(found) or found)
+    assert pipeline.resolve_hardware("auto") == find_hardware(name)
+    assert asked == ([find_hardware(name)] if measures else [])
+    pipeline.resolve_hardware(name)
+    assert len(asked) == measures
