@@ -76,8 +76,12 @@ def assemble(parts: Parts) -> Assembled:
                 execution.close()
         del execution
         release_memory(parts.device)  # the model that did not do lives on in reference cycles
-    hosted = HostExecution(parts.artifact.manifest, parts.plan, parts.link, parts.device)
-    return Assembled(hosted, _bound(parts, hosted), fallback)
+    hosted = HostExecution(parts.artifact.manifest, parts.plan, parts.store, parts.link, parts.device)
+    try:
+        return Assembled(hosted, _bound(parts, hosted), fallback)
+    except BaseException:
+        hosted.close()
+        raise
 
 
 def _device_execution(parts: Parts) -> DeviceExecution:

@@ -109,12 +109,7 @@ class Engine:
         guessing = self.plan.strategy == "full" and self.plan.prefetch.depth > 0
         if guessing and not self.guessing:
             return "prefetch is off: this family's router cannot be applied to another layer's hidden states"
-        execution = self._execution
-        return (
-            self.fallback
-            or self._store.refused
-            or (execution.problem if isinstance(execution, DeviceExecution) else None)
-        )
+        return self.fallback or self._store.refused or self._execution.problem
 
     @property
     def pinned(self) -> bool:
@@ -332,7 +327,7 @@ class Engine:
         self._link.close()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # kernels may still read the blobs
-        if isinstance(execution := getattr(self, "_execution", None), DeviceExecution):
+        if (execution := getattr(self, "_execution", None)) is not None:
             execution.close()
         if self._own_store:
             self._store.close()

@@ -38,6 +38,8 @@ from moeflow.planning.workspace import matrices
 from moeflow.probe.match import find_hardware
 from moeflow.schema import Manifest, Profile, Quantization
 
+BOUND = 1e-3  # as in test_device_engine
+
 LAYERS, EXPERTS, ODD = 3, 8, (1, 3)
 
 
@@ -271,7 +273,8 @@ def test_the_host_computes_what_the_dequantized_weights_do(artifact: Path, ram: 
     model, ids = dequantized_model(artifact), _ids(24)
     if ram == "tenth":
         ram = int(0.6 * Artifact.open(artifact).manifest.expert_nbytes)  # the mixed layer lies in both tiers
-    with moeflow.load(artifact, experts_per_layer=k, ram=ram, prefetch_depth=prefetch) as engine:
+    settings = {"experts_per_layer": k, "ram": ram, "prefetch_depth": prefetch}
+    with moeflow.load(artifact, cpu_experts="off", **settings) as engine:
         assert (engine.plan.prefetch.depth > 0) == bool(prefetch)
         assert_follows(engine, model, ids, chunks=(512, 1))
 
@@ -290,8 +293,11 @@ def test_experts_of_every_backend_in_one_layer(
     profile = {"model": str(checkpoint_factory(family)), "quantization": wanted.model_dump(), "context_length": 128}
     directory = moeflow.pack({**profile, "hardware": "cpu-2-cores"}, tmp_path / "a")
     assert [len(set(layer.expert_layouts)) for layer in Artifact.open(directory).manifest.layers[:2]] == [6, 6]
-    with moeflow.load(directory, experts_per_layer=2) as engine:
-        assert_follows(engine, dequantized_model(directory), _ids(24), chunks=(512, 1))
+    model, ids = dequantized_model(directory), _ids(24)
+    with moeflow.load(directory, experts_per_layer=2, cpu_experts="off") as engine:
+        assert_follows(engine, model, ids, chunks=(512, 1))
+    with moeflow.load(directory) as engine:  # by the CPU's kernels where they are, of each expert's own layout
+        assert_follows(engine, model, ids, (512, 1), BOUND)
 
 
 def test_the_expected_weights_are_no_other_models(artifact: Path, pack: Callable[[Quantization], Path]) -> None:

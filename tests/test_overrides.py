@@ -81,8 +81,11 @@ def test_each_layer_is_stored_as_it_was_asked(artifact: Path, checkpoint: Path) 
 
 @pytest.mark.parametrize("ram", ["auto", 0])
 def test_the_host_computes_what_the_dequantized_weights_do(artifact: Path, ram: Any) -> None:
-    with moeflow.load(artifact, experts_per_layer=2, ram=ram) as engine:
-        assert_follows(engine, dequantized_model(artifact), _ids(24), chunks=(512, 1))
+    model, ids = dequantized_model(artifact), _ids(24)
+    with moeflow.load(artifact, experts_per_layer=2, ram=ram, cpu_experts="off") as engine:
+        assert_follows(engine, model, ids, chunks=(512, 1))
+    with moeflow.load(artifact, experts_per_layer=2, ram=ram) as engine:  # by the CPU's kernels where they are
+        assert_follows(engine, model, ids, (512, 1), BOUND)
 
 
 def test_the_device_computes_what_the_dequantized_weights_do(artifact: Path) -> None:

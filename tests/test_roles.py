@@ -89,8 +89,10 @@ def test_the_host_computes_what_the_dequantized_weights_do(packed: Callable[[str
     artifact, ids = packed(family), _ids(24)
     assert list(Artifact.open(artifact).verify()) == []
     model = dequantized_model(artifact)
-    with moeflow.load(artifact, experts_per_layer=3) as engine:
+    with moeflow.load(artifact, experts_per_layer=3, cpu_experts="off") as engine:
         assert_follows(engine, model, ids, chunks=(512, 1))
+    with moeflow.load(artifact) as engine:  # by the CPU's kernels where they are
+        assert_follows(engine, model, ids, (512, 4, 1), BOUND)
 
 
 def _on_device(artifact: Path, **overrides: object) -> Engine:
@@ -123,8 +125,10 @@ def test_a_large_matrix_is_unpacked_block_by_block(
     monkeypatch.setattr(layout, "BLOCK_ROWS", 32)
     head = next(m for m in Artifact.open(artifact).manifest.resident if m.role == "head")
     assert [block.rows for block in layout.row_blocks(head)] == [32] * 4
-    with moeflow.load(artifact, experts_per_layer=3) as engine:
+    with moeflow.load(artifact, experts_per_layer=3, cpu_experts="off") as engine:
         assert_follows(engine, model, ids, (512,))
+    with moeflow.load(artifact) as engine:
+        assert_follows(engine, model, ids * 2, (512,), BOUND)  # more tokens than are multiplied packed
     with _on_device(artifact) as engine:
         assert_follows(engine, model, ids, (512,), BOUND)
 

@@ -21,15 +21,18 @@ from moeflow.kernels.gemv import MOST_TOKENS
 from moeflow.kernels.launcher import Launcher
 from moeflow.kernels.publish import Publisher
 from moeflow.kernels.unpack import Workspace
+from moeflow.model.cpu_experts import CpuExperts
 from moeflow.model.device_experts import DeviceRunner, unsupported_layout
 from moeflow.model.experts import ExpertRunner
 from moeflow.model.fused import fuse
 from moeflow.model.fused_positions import fuse_positions
 from moeflow.model.kv import GrowingKv, KvCache, StaticKv, cache_argument, make_static
-from moeflow.model.linear import PackedLinear, merge, use_kernels
+from moeflow.model.linear import PackedLinear, merge, use_kernels, use_products
+from moeflow.model.products import products_of
 from moeflow.model.steps import Steps
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache, MakeMover
+from moeflow.offload.in_place import InPlace
 from moeflow.offload.link import Link
 from moeflow.offload.sharing import Sharing
 from moeflow.offload.store import HostStore
@@ -50,8 +53,15 @@ class Execution(Protocol):
     def traffic(self) -> Traffic:
         """What the link carried since the start; waits for the device."""
 
+    @property
+    def problem(self) -> str | None:
+        """What is not used as planned, and why."""
+
     def bind(self, model: Any) -> None:
         """Take the model that calls `runner`."""
+
+    def close(self) -> None:
+        """End the threads of its own; nothing may be under way."""
 
     def new_kv(self) -> KvCache:
         """An empty KV cache."""
@@ -66,17 +76,31 @@ class Execution(Protocol):
 class HostExecution:
     """Any device, any tier."""
 
-    def __init__(self, manifest: Manifest, plan: Plan, link: Link, device: torch.device):
+    def __init__(self, manifest: Manifest, plan: Plan, store: HostStore, link: Link, device: torch.device):
         self.traffic = Traffic()
         self._device = device
+        dtype: torch.dtype = getattr(torch, plan.dtype)
         cache = ExpertCache(manifest, plan, link, device, self.traffic)
         stream = LayerStream(manifest, link, device, self.traffic) if plan.stream_layers else None
-        self.runner = ExpertRunner(manifest, plan, cache, stream, getattr(torch, plan.dtype))
+        self.products, self.problem = products_of(manifest, plan, device)
+        experts = CpuExperts(manifest, plan.cpu, self.products) if plan.cpu and self.products else None
+        in_place = InPlace(manifest, plan, store, self.traffic)
+        workspace = self.products.workspace if self.products else None
+        self.runner = ExpertRunner(
+            manifest, plan, cache, stream, dtype, workspace=workspace, in_place=in_place, cpu=experts
+        )  # fmt: skip
         self._model: Any = None
 
     def bind(self, model: Any) -> None:
         """Take the model that calls `runner`."""
         self._model = model
+        if self.products is not None:
+            use_products(model, self.products)
+
+    def close(self) -> None:
+        """End the threads that multiply."""
+        if self.products is not None:
+            self.products.close()
 
     def new_kv(self) -> KvCache:
         """An empty KV cache."""

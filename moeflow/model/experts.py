@@ -20,10 +20,12 @@ from moeflow.artifact.matrix import dequantize, parts_of
 from moeflow.kernels.launcher import Launcher
 from moeflow.kernels.publish import Publisher
 from moeflow.kernels.unpack import Unpacker, Workspace
+from moeflow.model.cpu_experts import CpuExperts, Work
 from moeflow.model.recorder import Recorder
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.cache import ExpertCache
 from moeflow.offload.device import DeviceCache
+from moeflow.offload.in_place import InPlace
 from moeflow.offload.predictor import Guesser, Keeper
 from moeflow.offload.stream import LayerStream
 from moeflow.schema import Manifest, PackedMatrix, Plan
@@ -49,21 +51,26 @@ class ExpertRunner:
         launcher: Launcher | None = None,
         workspace: Workspace | None = None,
         always_stream: bool = False,
+        in_place: InPlace | None = None,
+        cpu: CpuExperts | None = None,
     ):
         """With a launcher, blobs are unpacked by a kernel, into `workspace`; a cache that only the device reads needs
-        `always_stream`."""
+        `always_stream`. On a CPU, experts `in_place` are not copied, and `cpu` multiplies by kernels."""
         self.manifest = manifest
         self.plan = plan
         self.cache = cache
         self.stream = stream
         self.dtype = dtype
         self._workspace = workspace
-        self._unpackers: list[list[Unpacker]] | None = None
+        self._in_place, self._cpu = in_place, cpu
+        self._unpackers: Sequence[Sequence[Callable[[Tensor, Workspace | None], Tensor] | None]] | None = None
         self._read: Callable[[Tensor], list[int]] = Tensor.tolist
         if launcher is not None and isinstance(cache, DeviceCache):
             self._read = Publisher(launcher, cache.device)
         if launcher is not None:
             self._unpackers = [[Unpacker(launcher, m, dtype) for m in y.matrices] for y in manifest.layouts]
+        elif cpu is not None:
+            self._unpackers = cpu.unpackers
         self._cached: Sequence[Mapping[int, Tensor]] | None = None  # as the pass under way found the cache
         self._always_stream = always_stream or plan.strategy == "naive"
         self.predictor: Guesser | ForcedRoutes | None = None
@@ -99,7 +106,10 @@ class ExpertRunner:
         groups = _Groups(hidden_states, top_k_index)
         chosen, guesses = self._ids(layer, hidden_states, top_k_index, guess=stream is None)
         groups.split(chosen)
-        for expert, blob in self._blobs(layer, stream, groups.experts, chosen, guesses):
+        here = self._in_place.take(layer, groups.experts) if self._in_place is not None else {}
+        self._together(module, layer, here, groups)
+        others = [expert for expert in groups.experts if expert not in here]
+        for expert, blob in self._blobs(layer, stream, others, chosen, guesses):
             layout = self.manifest.layers[layer].layout_of(expert)
             self._expert(module, layout, blob, groups.inputs(expert), groups.results(expert))
         if layer + 1 == len(self.manifest.layers):
@@ -113,6 +123,8 @@ class ExpertRunner:
         is not announced starts them when it comes to them.
         """
         self._cached = self.cache.residents()
+        if self._in_place is not None:
+            self._cached = [{**blobs, **self._in_place.all(layer)} for layer, blobs in enumerate(self._cached)]
         self._begin(0, choices)
         self._begin(1, choices)
 
@@ -143,6 +155,8 @@ class ExpertRunner:
 
     def _stream_for(self, layer: int, choices: int) -> LayerStream | None:
         """The stream, if the layer shall go through it whole."""
+        if self._in_place is not None and self._in_place.whole(layer):
+            return None
         many = choices >= STREAM_CHOICES_PER_EXPERT * self.manifest.layers[layer].experts
         return self.stream if many or self._always_stream else None
 
@@ -185,19 +199,35 @@ class ExpertRunner:
         self.cache.warm(layer, [(e, blobs[e]) for e in reversed(recent)])
         self._begin(layer + 2, len(chosen))
 
+    def _together(self, module: Any, layer: int, blobs: Mapping[int, Tensor], groups: _Groups) -> None:
+        """Experts whose blobs all stay where they are."""
+        works = []
+        for expert, blob in blobs.items():
+            work = (self.manifest.layers[layer].layout_of(expert), blob, groups.inputs(expert), groups.results(expert))
+            if self._cpu is not None and self._cpu.few(work[0], len(work[2])):
+                works.append(Work(*work))
+            else:
+                self._expert(module, *work)
+        if self._cpu is not None and works:
+            self._cpu.compute(module, works)
+
     def _expert(self, module: Any, layout: int, blob: Tensor, x: Tensor, out: Tensor) -> None:
         """One expert, stored in the layout of this number, on its tokens x [t, H] to out [t, H].
 
         One matrix after the other: with a workspace there is room for one.
         """
+        if self._cpu is not None and self._cpu.few(layout, len(x)):
+            self._cpu.compute(module, [Work(layout, blob, x, out)])
+            return
         product = self._product(layout, 0, blob, x)
         self._product(layout, 1, blob, module._apply_gate(product), out)
 
     def _product(self, layout: int, index: int, blob: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [t, K] through one of the expert's matrices."""
         matrix = self.manifest.layouts[layout].matrices[index]
-        if self._unpackers is not None:
-            weights = self._unpackers[layout][index](blob, self._workspace)
+        unpack = self._unpackers[layout][index] if self._unpackers is not None else None
+        if unpack is not None:
+            weights = unpack(blob, self._workspace)
         else:
             weights = dequantize(matrix, parts_of(matrix, blob), self.dtype)
         return multiply(matrix, weights, blob, x, out)

@@ -11,13 +11,16 @@ from torch.nn import functional
 
 from moeflow.artifact.layout import ALIGNMENT, row_blocks
 from moeflow.artifact.matrix import dequantize, parts_of
+from moeflow.kernels.cpu import CpuGemv
 from moeflow.kernels.gemv import MOST_TOKENS, Gemv, Jobs, unsupported
 from moeflow.kernels.launcher import Launcher
 from moeflow.kernels.unpack import PIECE, Unpacker, Workspace
+from moeflow.model.cpu_linear import CpuLinears
 from moeflow.model.inputs import Inputs
+from moeflow.model.products import PACKED_TOKENS, CpuUnpacker, Products
 from moeflow.schema import PackedMatrix, Segment
 
-__all__ = ["Merged", "PackedLinear", "merge", "multiply", "use_kernels"]
+__all__ = ["Merged", "PackedLinear", "merge", "multiply", "use_kernels", "use_products"]
 
 
 class PackedLinear(nn.Module):
@@ -35,7 +38,9 @@ class PackedLinear(nn.Module):
         self.launcher: Launcher | None = None
         self.gemv: Gemv | None = None
         self._blocks = row_blocks(matrix)
-        self._unpackers: list[Unpacker] = []  # of the blocks, where there are kernels
+        self._unpackers: Sequence[Unpacker | CpuUnpacker] = []  # of the blocks, where there are kernels
+        self._packed: CpuGemv | None = None
+        self._linears: CpuLinears | None = None
         self._workspace: Workspace | None = None
         self.merged: Merged | None = None
         self._inputs = Inputs()
@@ -68,6 +73,9 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x [..., in]."""
         tokens = x.numel() // self.in_features
+        if self._packed is not None and self._linears is not None and tokens <= PACKED_TOKENS:
+            out = self._linears.multiply(self._packed, self.blob, x).view(*x.shape[:-1], self.out_features)
+            return out if self.bias is None else out + self.bias
         if self.gemv is None or tokens > MOST_TOKENS:
             return self._dense(x)
         if self.merged is not None:
@@ -83,6 +91,12 @@ class PackedLinear(nn.Module):
         if unsupported(self.matrix) is None:
             self._inputs = inputs
         self.move(self.matrix, self.blob)
+
+    def attach_products(self, products: Products, linears: CpuLinears) -> None:
+        """Multiply by the CPU's kernels from now on, where they serve."""
+        if (gemv := products.gemv(self.matrix)) is not None:
+            self._packed, self._linears, self._workspace = gemv, linears, products.workspace
+            self._unpackers = [CpuUnpacker(products, CpuGemv(block)) for block in self._blocks]
 
     def move(self, matrix: PackedMatrix, blob: Tensor) -> None:
         """The same weight at another place."""
@@ -210,3 +224,11 @@ def use_kernels(model: nn.Module, launcher: Launcher, workspace: Workspace | Non
         if isinstance(module, PackedLinear):
             module.attach(launcher, inputs, workspace)
     return inputs
+
+
+def use_products(model: nn.Module, products: Products) -> None:
+    """Let all packed layers of `model` multiply by the CPU's kernels."""
+    linears = CpuLinears(products)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.attach_products(products, linears)

@@ -18,6 +18,7 @@ from moeflow.planning.rates import (
     DENSE,
     DRIVEN_LAYER,
     DRIVEN_UNPACK,
+    HOST_KERNEL_LAYER,
     HOST_LAYER,
     HOST_WEIGHTS,
     PER_EXPERT,
@@ -65,6 +66,11 @@ class Running:
     def alone(self) -> bool:
         """Whether the CPU computes all experts beside the device."""
         return self.cpu is not None and self.cpu.fixed
+
+    def in_place(self, layer: int, hardware: HardwareProfile) -> bool:
+        """Whether a layer's experts are multiplied where they lie in the one memory of a machine without GPU."""
+        able = self.cpu is not None and hardware.gpu is None and self.strategy in ("full", "no-prefetch")
+        return able and not self.slots[layer]
 
 
 @dataclass
@@ -131,6 +137,7 @@ def predict(
         worst = _token(sizes, rates, hardware, running, _assumed(sizes, running, "uniform"), 0.5)
         least = dense + worst.seconds
     assumed = _unmeasured(sizes, hardware, rates, running)
+    given = given or all(running.in_place(number, hardware) for number in range(len(sizes.layers)))
     margin = UNMEASURED if assumed else MARGIN
     return Prediction(
         tokens_per_second=_digits(1 / decode.total),
@@ -140,9 +147,7 @@ def predict(
         missed_bytes=round(found.missed),
         guessed_bytes=round(found.guessed),
         wasted_bytes=round(found.wasted),
-        read_bytes=round(
-            sizes.read_resident + sum(sizes.top_k * layer.mean_nbytes for layer in sizes.layers) - found.computed
-        ),
+        read_bytes=_read_bytes(sizes, found if hardware.gpu else None),
         computed_bytes=round(found.computed),
         hidden=_digits(found.hidden),
         decode=decode.rounded(),
@@ -151,14 +156,22 @@ def predict(
     )
 
 
+def _read_bytes(sizes: ModelSizes, found: _Token | None) -> int:
+    """Of device memory, for a token; `found` is None without a GPU, where all memory is the device's."""
+    experts = sum(sizes.top_k * layer.mean_nbytes for layer in sizes.layers)
+    return round(sizes.read_resident + experts - (found.computed if found else 0))
+
+
 def _unmeasured(sizes: ModelSizes, hardware: HardwareProfile, rates: Rates, running: Running) -> list[str]:
     """What the prediction takes from other machines."""
     found = list(rates.assumed)
     gpu = hardware.gpu
     if gpu is None:
         cpu = _cpu_kernels(hardware, running)
-        done = cpu and all(computes(layer) and cpu.knows([layer.format]) for layer in sizes.layers)
-        return ["the host's work for a layer, as measured on two cores of a server"] if done else found
+        if cpu is None or not all(map(computes, sizes.layers)):
+            return found
+        own = cpu.unmeasured(layer.format for layer in sizes.layers)
+        return ["the host's work for a layer, as measured on two cores of a server", *own]
     if running.execution == "host":
         return [*found, "the host's work for a layer, as measured on an H100 and an H200"]
     formats = {layer.format for layer in sizes.layers}
@@ -190,6 +203,10 @@ def _token(
         total.launches += fixed
         if running.strategy == "naive":
             _streamed(total, layer, rates, first + second + fixed + dense)
+        elif running.in_place(number, hardware):
+            total.computed += (
+                sizes.top_k * layer.mean_nbytes * layer.of_first(running.ram_experts[number]) / layer.nbytes
+            )
         elif beside and running.alone:
             nbytes = sizes.top_k * layer.mean_nbytes
             total.computed += nbytes
@@ -222,9 +239,9 @@ def _computing(
     if hardware.gpu is None:
         seconds = sizes.top_k * layer.weights / (rates.cores * HOST_WEIGHTS)
         cpu = _cpu_kernels(hardware, running)
-        if cpu and computes(layer) and cpu.knows([layer.format]):
+        if cpu and computes(layer):
             seconds = sizes.top_k * layer.mean_nbytes / cpu.alone(layer.format)
-        return seconds * 2 / 3, seconds / 3, HOST_LAYER
+        return seconds * 2 / 3, seconds / 3, HOST_KERNEL_LAYER if cpu else HOST_LAYER
     nbytes = kept * sizes.top_k * layer.mean_nbytes
     if running.execution == "host":  # weights are unpacked in memory, then multiplied
         seconds = (nbytes + DRIVEN_UNPACK * sizes.top_k * layer.weights) / rates.memory

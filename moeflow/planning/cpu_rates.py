@@ -79,14 +79,18 @@ class CpuRates:
         products, copies = self.beside(name)
         return products / (products + copies)
 
-    def assumed(self, formats: Iterable[str], joint: bool) -> Iterator[str]:
-        """What nobody measured on this machine; `joint` where rates at once count."""
+    def unmeasured(self, formats: Iterable[str]) -> Iterator[str]:
+        """What nobody measured of these products on this machine."""
         kernels = self.cpu.kernels
         if missing := sorted(name for name in set(formats) if not self._measured(name)):
             yield f"the CPU's products with {', '.join(missing)} weights, as {UNMEASURED} of host memory's rate"
         elif kernels and kernels.threads != self.threads:
             yield f"the CPU's products by {self.threads} threads, from those measured with {kernels.threads}"
-        if joint and not (kernels and kernels.joint):
+
+    def assumed(self, formats: Iterable[str], joint: bool) -> Iterator[str]:
+        """The same, beside a GPU; `joint` where rates at once count."""
+        yield from self.unmeasured(formats)
+        if joint and not (self.cpu.kernels and self.cpu.kernels.joint):
             yield "CPU and link at once, as shares of each alone on an H100's machine"
         yield f"handshakes of GPU and CPU, {HANDSHAKE * 1e6:.0f} us each"
 

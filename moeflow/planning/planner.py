@@ -16,7 +16,7 @@ from moeflow.errors import CapacityError, DocumentError
 from moeflow.planning.cost import Running, predict
 from moeflow.planning.fitting import Fit, fit_of
 from moeflow.planning.guessing import landing_buffers
-from moeflow.planning.sharing import planned_cpu, without_slots
+from moeflow.planning.sharing import in_place, planned_cpu, without_slots
 from moeflow.planning.sizes import ITEM_SIZE, LayerSize, ModelSizes
 from moeflow.planning.workspace import PREFILL_CHUNK, workspace
 from moeflow.schema import HardwareProfile, MemoryBudget, Plan, PlannedPrefetch, Profile
@@ -59,12 +59,23 @@ def make_plan(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, ma
         CapacityError: the machine has less memory than the profile asks for, or than the model needs.
         DocumentError: the profile contradicts the model.
     """
-    profile = without_slots(profile, hardware)
+    placed = in_place(profile, sizes, hardware)
+    plan = _resolved(placed, sizes, hardware, manifest_digest, streams=False) if placed is not None else None
+    if plan is not None and not plan.disk_nbytes:
+        return plan
+    return _resolved(without_slots(profile, hardware), sizes, hardware, manifest_digest)
+
+
+def _resolved(
+    profile: Profile, sizes: ModelSizes, hardware: HardwareProfile, manifest_digest: str, streams: bool = True
+) -> Plan:
+    """A plan; `streams`: with buffers for whole layers, where they fit."""
     dtype = _dtype(profile, hardware)
     context = min(profile.context_length, sizes.max_context)
     prefetch = _prefetch(profile, sizes)
     limit = _device_limit(profile, hardware)
     ways = _ways(profile, sizes, hardware, dtype, context, prefetch, limit)
+    ways = ways if streams else ways[-1:]
     fixed, slots = _choose(ways, profile, sizes, hardware, limit)
     if hardware.gpu is not None:
         fixed, slots = _fill(profile, sizes, prefetch, fixed, slots, limit)

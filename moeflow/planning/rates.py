@@ -28,6 +28,7 @@ ENGINE_CORES, ENGINE_BLOB, ENGINE_LEAST, ENGINE_HEAD = 4, 4 << 20, 12 << 20, 3 <
 # Decoding on a CPU, per layer and per weight and core: on two cores of a server the demo model's 8 layers took 22 ms a
 # token, OLMoE's 0.8 billion weights of chosen experts about 2 s.
 HOST_LAYER, HOST_WEIGHTS = 2.6e-3, 2e8
+HOST_KERNEL_LAYER = 0.8e-3  # of a layer whose packed weights the CPU's kernels multiply: the demo model's on two cores
 # Bytes of device memory for each weight that torch unpacks where the host drives: Mixtral's shapes on one H100.
 DRIVEN_UNPACK = 57
 DRIVEN_LAYER = 2.0e-3  # of a layer that the host drives on a GPU: the demo model's 8 took 16 ms a token on one H200

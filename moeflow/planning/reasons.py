@@ -77,6 +77,8 @@ def _slots(chosen: Candidate, plan: Plan, hardware: HardwareProfile) -> str:
         return (
             f"auto is k = {k} experts a layer, where cache.trace says that they hit most: {format_size(memory.slots)}."
         )
+    if hardware.gpu is None and plan.cpu is not None and not most:
+        return "auto is no slots: the CPU multiplies experts where they lie, and what a slot holds would be a copy."
     fixed = memory.total - memory.slots
     left = f"{format_size(memory.limit)} of device memory, less {format_size(fixed)} for"
     others = f"resident weights, KV cache of {plan.context_length} tokens, buffers and workspace"

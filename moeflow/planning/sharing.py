@@ -17,7 +17,7 @@ from moeflow.planning.rates import Rates
 from moeflow.planning.sizes import LayerSize, ModelSizes
 from moeflow.schema import HardwareProfile, PlannedCpu, Prefetch, Profile
 
-__all__ = ["GAIN", "planned_cpu", "shared", "without_slots"]
+__all__ = ["GAIN", "in_place", "planned_cpu", "shared", "without_slots"]
 
 GAIN = 1.05  # of the speed without: below it a prediction does not tell that sharing pays
 EVEN = 0.5  # the first share where nobody knows a rate
@@ -29,6 +29,22 @@ def without_slots(profile: Profile, hardware: HardwareProfile) -> Profile:
     if profile.cpu.experts != "only" or not driven:
         return profile
     cache = profile.cache.model_copy(update={"experts_per_layer": 0})
+    return profile.model_copy(update={"cache": cache, "prefetch": Prefetch(predictor="none", depth=0)})
+
+
+def in_place(profile: Profile, sizes: ModelSizes, hardware: HardwareProfile) -> Profile | None:
+    """`profile` as it runs if the CPU, without a GPU, multiplies all experts where they lie: nothing is copied.
+
+    None where that is not what the profile asks for: slots, guesses or an ablation, which are about copies, or weights
+    that the kernels do not multiply. Whether host memory holds all experts then is for whoever plans to see.
+    """
+    cache, prefetch = profile.cache, profile.prefetch
+    copying = cache.experts_per_layer not in ("auto", 0) or cache.trace is not None or profile.strategy != "full"
+    copying = copying or (prefetch.predictor != "none" and prefetch.depth not in ("auto", 0))
+    able = hardware.gpu is None and profile.execution != "device" and profile.cpu.experts != "off"
+    if copying or not able or not all(map(computes, sizes.layers)):
+        return None
+    cache = cache.model_copy(update={"experts_per_layer": 0})
     return profile.model_copy(update={"cache": cache, "prefetch": Prefetch(predictor="none", depth=0)})
 
 

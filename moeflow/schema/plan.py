@@ -130,7 +130,7 @@ class Prediction(Part):
     read_bytes: int
     """Out of device memory, per token."""
     computed_bytes: int = Field(default=0, exclude_if=lambda nbytes: not nbytes)
-    """Multiplied by the CPU where they lie, per token, beside a GPU."""
+    """Multiplied by the CPU where they lie, per token: beside a GPU instead of copied, without one neither cached."""
     hidden: float
     """Seconds of copies that computing hides, per token."""
     decode: DecodeTime

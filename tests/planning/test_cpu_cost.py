@@ -82,11 +82,26 @@ def test_without_a_gpu_measured_kernels_stand_for_cores() -> None:
     assert found.computed_bytes == 0 and found.read_bytes == before.read_bytes
     assert replace(PLAIN, cpu=cpu) != PLAIN
     unmeasured = predicted(replace(PLAIN, cpu=cpu), machine(gpu=None), hits=HALF)
-    assert unmeasured == predicted(PLAIN, machine(gpu=None), hits=HALF)
+    assert unmeasured.decode.experts == close(2 * 6 * MB / (14 * GB))
+    assert "the CPU's products with 4-bit weights, as 0.7 of host memory's rate" in unmeasured.assumed
     plain = replace(SIZES, layers=(SIZES.layers[0], replace(SIZES.layers[0], format="none")))
     some = predicted(replace(PLAIN, cpu=cpu), hardware, hits=HALF, sizes=plain)
     assert some.decode.experts == close(6 * MB / (15 * GB) + 6e6 / (2 * 2e8))
     assert some.assumed == before.assumed
+
+
+def test_without_a_gpu_and_slots_experts_are_read_where_they_lie() -> None:
+    cpu = PlannedCpu(threads=2, share=1.0, fixed=True, activations="fixed16")
+    hardware = box(KERNELS.model_copy(update={"threads": 2, "joint": None}), gpu=None)
+    running = replace(PLAIN, slots=(0, 0), cpu=cpu)
+    found = predicted(running, hardware)
+    assert found.decode.experts == close(2 * 6 * MB / (15 * GB))
+    assert (found.decode.misses, found.missed_bytes, found.hit_rate) == (0, 0, 0)
+    assert (found.computed_bytes, found.read_bytes) == (12 * MB, 107 * MB)
+    assert not any("routes" in assumed for assumed in found.assumed)  # all cost the same
+    half = predicted(replace(running, ram_experts=(2, 2)), hardware)
+    assert half.computed_bytes == 6 * MB and half.decode.disk == close(6 * MB / GB)
+    assert predicted(replace(running, strategy="no-cache"), hardware).computed_bytes == 0
 
 
 # -- rates -------------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def test_without_a_gpu_the_cpu_computes_all_experts(use: str) -> None:
     }  # fmt: skip
     torch = planned(box, {"experts": "off"})
     assert torch.cpu is None
-    assert plan.model_copy(update={"cpu": None}) == torch  # nothing was measured: predicted as before
+    changed = {"cpu": None, "prediction": torch.prediction}
+    assert plan.model_copy(update=changed) == torch
     assert plan.cache_slots == (4, 4)
 
 

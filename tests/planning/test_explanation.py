@@ -11,7 +11,7 @@ from moeflow.planning.cost import Running, predict
 from moeflow.planning.explanation import Explanation, explain, running_of
 from moeflow.planning.planner import make_plan
 from moeflow.planning.sizes import ModelSizes
-from moeflow.schema import Cache, Disk, Gpu, HardwareProfile, Link, LinkPoint, Memory, Plan, Prefetch, Profile
+from moeflow.schema import Cache, CpuUse, Disk, Gpu, HardwareProfile, Link, LinkPoint, Memory, Plan, Prefetch, Profile
 
 WIDE = replace(SIZES, layers=(replace(SIZES.layers[0], experts=16),) * 2)
 
@@ -96,7 +96,7 @@ def test_without_a_cache_no_slot_is_offered(strategy: str) -> None:
 
 def test_on_a_cpu_nobody_else_can_drive() -> None:
     box = machine(gpu=None)
-    found = explain(planned(box), WIDE, box)
+    found = explain(planned(box, cpu=CpuUse(experts="off")), WIDE, box)
     assert found.bound == "experts"
     assert not any("driving" in what for what in gains(found))
 

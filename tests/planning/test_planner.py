@@ -20,6 +20,7 @@ from moeflow.schema import (
     BitsAndBytesScheme,
     Cache,
     Cpu,
+    CpuUse,
     DenseScheme,
     Disk,
     Gpu,
@@ -244,8 +245,29 @@ def test_all_of_the_machine_is_not_more_than_it_has() -> None:
 
 def test_on_a_cpu_both_kinds_of_memory_are_one() -> None:
     memory = Memory(vram=30 * GIB, ram=30 * GIB)
+    machine = _machine(vram=None, ram=40 * GIB)
     with pytest.raises(CapacityError, match=r"memory\.ram"):
-        make_plan(_profile(memory=memory), MIXTRAL, _machine(vram=None, ram=40 * GIB))
+        make_plan(_profile(memory=memory, cache=Cache(experts_per_layer=8)), MIXTRAL, machine)
+
+
+def test_without_a_gpu_experts_that_fit_are_not_copied() -> None:
+    """Nor are they where the profile is about copies, or weights are not packed, or some lie on the disk."""
+    big, small = _machine(vram=None, ram=64 * GIB), _machine(vram=None, ram=24 * GIB)
+    plan = make_plan(_profile(), MIXTRAL, big)
+    assert plan.cpu and set(plan.cache_slots) == {0} and set(plan.ram_experts) == {8} and not plan.disk_nbytes
+    assert (plan.prefetch.depth, plan.stream_layers, plan.memory.slots) == (0, 0, 0)
+    assert plan.prediction and plan.prediction.missed_bytes == 0 < plan.prediction.computed_bytes
+    assert make_plan(_profile(cache=Cache(experts_per_layer=0)), MIXTRAL, big) == plan
+    for copying in (
+        _profile(cache=Cache(experts_per_layer=2)),
+        _profile(prefetch=Prefetch(depth=1)),
+        _profile(cpu=CpuUse(experts="off")),
+    ):
+        found = make_plan(copying, MIXTRAL, big)
+        assert min(found.cache_slots) > 0 and found.prefetch.depth == 1 and found.stream_layers == 2
+    assert min(make_plan(_profile(strategy="no-prefetch"), MIXTRAL, big).cache_slots) > 0
+    away = make_plan(_profile(), MIXTRAL, small)
+    assert away.disk_nbytes > 0 and away.prefetch.depth == 1
 
 
 def test_more_slots_than_experts_are_refused() -> None:

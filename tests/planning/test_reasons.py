@@ -14,7 +14,7 @@ from moeflow.artifact.shapes import config_checkpoint
 from moeflow.planning.reasons import annotated, reasons
 from moeflow.planning.search import Candidate, candidates, choose
 from moeflow.probe.match import find_hardware, known_hardware
-from moeflow.schema import Cache, HardwareProfile, Memory, Profile
+from moeflow.schema import Cache, CpuUse, HardwareProfile, Memory, Profile
 from moeflow.schema.units import format_size, three_digits
 
 GIB = 1 << 30
@@ -101,7 +101,9 @@ def test_the_cache_is_what_the_memory_leaves() -> None:
     assert "hold all of them" in _tuned("mixtral-8x7b", find_hardware("a100-80gb"))[1]["cache"]
     asked = _tuned("mixtral-8x7b", find_hardware("rtx-3060"), cache=Cache(experts_per_layer=2))[1]["cache"]
     assert asked.startswith("k = 2 experts a layer, as asked: ") and "auto" not in asked
-    assert "half of them" in _tuned("olmoe-1b-7b", find_hardware("cpu-2-cores"))[1]["cache"]
+    assert "where they lie" in _tuned("olmoe-1b-7b", find_hardware("cpu-2-cores"))[1]["cache"]
+    torch_only = {"cpu": CpuUse(experts="off")}
+    assert "half of them" in _tuned("olmoe-1b-7b", find_hardware("cpu-2-cores"), **torch_only)[1]["cache"]
     naive = _tuned("mixtral-8x7b", find_hardware("rtx-3060"), strategy="naive")[1]
     assert naive["cache"] == "Nothing is cached: the strategy is naive."
     assert naive["prefetch"] == "Guesses are off: the strategy is naive."

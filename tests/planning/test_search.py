@@ -252,7 +252,7 @@ def test_too_little_of_both_says_both() -> None:
 
 def test_a_cpu_whose_one_memory_holds_each_but_not_both() -> None:
     machine = find_hardware("cpu-2-cores")
-    message = _refused(MIXTRAL, machine, memory=Memory(vram=16 * GIB, ram=14 * GIB))
+    message = _refused(MIXTRAL, machine, memory=Memory(vram=16 * GIB, ram=14 * GIB), cache=Cache(experts_per_layer=4))
     assert "memory.ram is 14 GiB beside" in message and "cpu-2-cores has 23.5 GiB for both" in message
 
 
