@@ -73,7 +73,7 @@ def test_products_of_every_format_are_measured_by_the_threads_of_plans(
     assert list(measured["matrices"]) == [format_of(scheme) for scheme in SCHEMES]
     assert set(measured["matrices"]) <= FORMATS
     assert measured["pool"] == cpu_kernels.POOL and measured["beside"] == "2-bit g64"
-    assert found.source("cpu.kernels").startswith("measured, moeflow probe, products over 512 MiB by 15 ")
+    assert found.source("cpu.kernels").startswith("measured, moeflow probe, products over 2048 MiB by 15 ")
     assert found.spreads["cpu.kernels"] == 0.04
     found.save(tmp_path / "h.yaml")
     assert HardwareProfile.load(tmp_path / "h.yaml") == found
