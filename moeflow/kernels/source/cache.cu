@@ -207,12 +207,12 @@ __device__ __forceinline__ int most_wanted(int lane) {
 }
 
 // What the link brings of so many missing experts: some whole, and of one more a part of either half, in ONE-ths.
-struct Split { int whole, rest[2]; };
+struct Split { int least, whole, rest[2]; };   // least: whole but for rounding
 
 __device__ __forceinline__ Split split(const int* ratio, int missing) {
     const int share[2] = {ratio[0] * missing, ratio[1] * missing};
     const int mean = (2 * share[0] + share[1]) / 3;   // gate and up are two thirds of an expert
-    Split s = {mean / ONE, {0, 0}};
+    Split s = {min(mean / ONE, missing - 1), mean / ONE, {0, 0}};
     const int rest = mean - s.whole * ONE;
     if (rest >= NEARLY) s.whole++;
     else if (rest >= HARDLY)
@@ -236,13 +236,15 @@ __device__ int share_out(int* desk, int* shares, int* jobs, int n, long long row
     }
     const int kind = min(missing, CLASSES / 2) - 1 + (begun ? CLASSES / 2 : 0);
     int* ratio = desk + RATIO + 2 * kind;
-    Split s = {missing, {0, 0}};
+    Split s = {missing, missing, {0, 0}};
     const bool alone = load_volatile(desk + ALONE) != 0;
     if (missing && !alone) {
         s = split(ratio, missing);
         __syncwarp(0xFFFFFFFFu);
         if (lane == 0) {
             desk[CLASS] = kind;
+            desk[MISSING] = missing;
+            desk[WHOLE] = s.least;
             // Where the link brings all, nobody learns whether the CPU would have been faster: it is tried again in time.
             if (s.whole == missing && desk[STEP])
                 for (int h = 0; h < 2; h++) ratio[h] = max(ratio[h] - 1, 0);

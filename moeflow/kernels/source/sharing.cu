@@ -135,6 +135,15 @@ __device__ bool answered(const int* arrived, int handed, int* desk, int* letter,
     return true;
 }
 
+// Moves a half's ratio: up where the device had to wait for the crew. Both halves bring the same experts whole, and differ in
+// the rows of one more: beyond these, and a step to get to the next, a ratio of its own means nothing.
+__device__ __forceinline__ void move(int* desk, int half, bool up) {
+    int* ratio = desk + RATIO + 2 * desk[CLASS] + half;
+    const int step = desk[STEP], missing = desk[MISSING], whole = desk[WHOLE];
+    const int low = max(whole * ONE / missing - step, 0), high = min((whole + 1) * ONE / missing + step, ONE);
+    *ratio = min(max(*ratio + (up ? step : -step), low), high);
+}
+
 // Fetches the rows from begins[i] on of every choice i. results: page-locked, `stride` floats apart; out [n, rows]. A block for
 // blockDim.x * 4 rows, a choice per blockIdx.y.
 extern "C" __global__ void __launch_bounds__(256)
@@ -152,10 +161,7 @@ collect(long long half, const int* begins, long long rows, const int* arrived, c
     if (asks) {   // the first block that comes asks the host's memory, the others ask it
         const bool waits = load_volatile(arrived) - handed < 0;
         here = answered(arrived, handed, desk, letter, patience);
-        if (here) {
-            int* ratio = desk + RATIO + 2 * desk[CLASS] + (int)half;
-            *ratio = waits ? min(*ratio + desk[STEP], ONE) : max(*ratio - desk[STEP], 0);
-        }
+        if (here && desk[STEP]) move(desk, (int)half, waits);
         __threadfence();
         store_volatile(desk + SEEN, here ? handed : -handed);
     } else if (threadIdx.x == 0) {

@@ -14,9 +14,10 @@ constexpr int CLASSES = 6;             // one, two, or more experts are missing;
 // Turns of the letter; the turn that was given to the crew for the half under way, 0 for none; whether the device computes all
 // by itself until the host says otherwise; 1 where it took this half back; blocks of `post` that are done; the class of the
 // layer's split; by how much the ratios are moved, 0 where they are fixed; the turn that a block asks for,
-// and whose answer it saw, negative where it took it back. From RATIO on, per class and half: the link's share
+// and whose answer it saw, negative where it took it back; experts that the layer misses, and of these, without what ratios add in
+// part, those that the link brings whole. From RATIO on, per class and half: the link's share
 // of what is missing.
-enum { TURN, HANDED, ALONE, TAKEN, BLOCKS, CLASS, STEP, ASKED, SEEN, RATIO = 16 };
+enum { TURN, HANDED, ALONE, TAKEN, BLOCKS, CLASS, STEP, ASKED, SEEN, MISSING, WHOLE, RATIO = 16 };
 
 // Tables [SHARES, n] that `lookup` writes, per half: of each choice, rows that the device has already, and rows that it
 // computes; of each copy, rows that are brought.
