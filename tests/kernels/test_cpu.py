@@ -39,14 +39,14 @@ def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Of these sources: the one beside them if it is newer, or one that is compiled now."""
     sources = [path.stat().st_mtime for path in (*cpp_build.SOURCE.iterdir(), Path(cpp_build.__file__))]
     with pytest.MonkeyPatch.context() as patch:
-        if not library_module.PATH.exists() or library_module.PATH.stat().st_mtime < max(sources):
+        if not library_module.LIBRARY.exists() or library_module.LIBRARY.stat().st_mtime < max(sources):
             target = tmp_path_factory.mktemp("cpu") / "_cpu.so"
             cpp_build.build(target)
-            patch.setattr(library_module, "PATH", target)
-        library_module.library.cache_clear()
+            patch.setattr(library_module, "LIBRARY", target)
+        library_module._open.cache_clear()
         cpu._functions.cache_clear()
         yield
-    library_module.library.cache_clear()
+    library_module._open.cache_clear()
     cpu._functions.cache_clear()
 
 
@@ -194,6 +194,23 @@ def test_nothing_behind_a_blob_is_read(name: str) -> None:
             for x in (gemv.prepare(activations(1, 384)), gemv.prepare(activations(4, 384))):
                 assert torch.equal(gemv.multiply(memory, x), gemv.multiply(blob, x))
             assert torch.equal(gemv.unpack(memory, torch.float32), gemv.unpack(blob, torch.float32))
+
+
+@pytest.mark.parametrize("name", ["hqq 2 16", "hqq 2 64", "hqq 8 64", "nf4"])
+def test_scales_that_are_none_spoil_their_row_alone(name: str) -> None:
+    """A row's last block is read with what lies behind it, the next row's begin."""
+    matrix = matrix_of(name, 40, 192 if name == "nf4" else 384)
+    blob, x = random_pool(matrix, 1)[0], activations(3, matrix.columns)
+    for level in levels():
+        gemv = cpu.CpuGemv(matrix, level=level)
+        group, nbytes = gemv.struct.group, 2 if name == "nf4" else 4
+        row = matrix.columns // group * nbytes
+        spoilt = blob.clone()
+        spoilt[gemv.struct.scales + 7 * row : gemv.struct.scales + 8 * row] = 0xFF
+        product, expected = (gemv.multiply(b, gemv.prepare(x)) for b in (spoilt, blob))
+        assert product[:, 7].isnan().all()
+        product[:, 7] = expected[:, 7]
+        assert torch.equal(product, expected), (name, level)
 
 
 def test_what_cannot_be_multiplied() -> None:

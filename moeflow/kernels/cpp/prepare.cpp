@@ -17,14 +17,17 @@ void read(Number dtype, const void* x, int64_t at, int count, float* out) {
         for (int i = 0; i < count; i++) out[i] = bfloat_to_float(((const uint16_t*)x)[at + i]);
 }
 
-// Numbers of one chunk in fixed point; returns the scale, not a number where one of them is none.
+// Numbers of one chunk in fixed point; returns the scale, not a number where one of them is none. By integers, which GCC
+// vectorises: it keeps the order of a float's maximum.
 float fix(const float* v, int count, int planes, int32_t* numbers) {
-    float largest = 0.f, bad = 0.f;
+    constexpr int32_t INFINITE = 0x7F800000;
+    int32_t largest_bits = 0, worst = 0;
     for (int i = 0; i < count; i++) {
-        const float magnitude = as_float(as_bits(v[i]) & 0x7FFFFFFFu);
-        largest = magnitude > largest ? magnitude : largest;
-        bad += 0.f * v[i];
+        const int32_t magnitude = (int32_t)(as_bits(v[i]) & 0x7FFFFFFFu), counted = magnitude > INFINITE ? 0 : magnitude;
+        worst = magnitude > worst ? magnitude : worst;
+        largest_bits = counted > largest_bits ? counted : largest_bits;
     }
+    const float largest = as_float((uint32_t)largest_bits);
     const float scale = largest > TINY ? largest / FULL_SCALE[planes] : 1.f;
     for (int i = 0; i < count; i++) {
         const float quotient = v[i] / scale;
@@ -32,11 +35,22 @@ float fix(const float* v, int count, int planes, int32_t* numbers) {
         const int32_t rounded = (int32_t)(as_bits(quotient + 12582912.f) - 0x4B400000u);
         numbers[i] = quotient == quotient ? rounded : 0;
     }
-    return scale + bad;
+    return worst < INFINITE ? scale : __builtin_nanf("");
 }
 
 // Where the numbers, scales and sums of one vector lie.
 struct Target { int8_t* numbers; float *scales, *sums; };
+
+// The bytes of a plane, in the order of columns, to its place among the words of a block.
+template <int FIELDS> void lay_out_plane(const uint8_t* bytes, int step, int8_t* to) {
+    for (int word = 0; word < 4; word++)
+        for (int field = 0; field < FIELDS; field++) {
+            const uint8_t* at = bytes + word * 4 * FIELDS + field;
+            const uint32_t four = at[0] | (uint32_t)at[FIELDS] << 8 | (uint32_t)at[2 * FIELDS] << 16 |
+                                  (uint32_t)at[3 * FIELDS] << 24;
+            memcpy(to + (word * FIELDS + field) * step, &four, 4);
+        }
+}
 
 void lay_out_chunk(const Shape& s, int planes, int64_t chunk, const int32_t* numbers, float scale, const Target& to) {
     const int64_t block = chunk / LANES;
@@ -44,14 +58,13 @@ void lay_out_chunk(const Shape& s, int planes, int64_t chunk, const int32_t* num
     to.scales[block * LANES + lane] = scale;
     int8_t* first = to.numbers + (block * 4 * s.fields * planes * LANES + lane) * 4;
     const int step = planes * LANES * 4;   // from a field to the next one
-    for (int word = 0, i = 0; word < 4; word++)
-        for (int byte = 0; byte < 4; byte++)
-            for (int field = 0; field < s.fields; field++, i++) {
-                int8_t* at = first + (word * s.fields + field) * step + byte;
-                const int32_t number = numbers[i], high = planes == 2 ? (number + 128) >> 8 : number;
-                at[0] = (int8_t)high;
-                if (planes == 2) at[LANES * 4] = (int8_t)(number - high * 256);
-            }
+    uint8_t bytes[2][WIDEST];              // of planes; the low byte is what the high one leaves, with its sign
+    for (int i = 0; i < s.chunk; i++) {
+        bytes[0][i] = (uint8_t)(planes == 2 ? (numbers[i] + 128) >> 8 : numbers[i]);
+        bytes[1][i] = (uint8_t)numbers[i];
+    }
+    const auto lay_out = s.fields == 4 ? lay_out_plane<4> : s.fields == 2 ? lay_out_plane<2> : lay_out_plane<1>;
+    for (int plane = 0; plane < planes; plane++) lay_out(bytes[plane], step, first + plane * LANES * 4);
     const int unit = s.chunk / s.units;
     for (int u = 0; u < s.units; u++) {
         int32_t total = 0;

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "matrix.hpp"
+
 #define INLINED __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16")
 
@@ -14,6 +16,7 @@ namespace {
 using Ints = __m256i;
 using Floats = __m256;
 constexpr int WIDTH = 8, PARTS = 2;
+constexpr int ROWS = 2;   // that are computed together
 constexpr int MOST = 2;   // vectors that meet a block at once
 
 inline Floats all(float v) { return _mm256_set1_ps(v); }
@@ -34,21 +37,33 @@ template <int LOW, int HIGH> inline Ints joined(Ints low, Ints high) {
     return _mm256_or_si256(bits_of<LOW, 0x03030303>(low), _mm256_and_si256(third, _mm256_set1_epi32(0x04040404)));
 }
 
-// What there is of a block, in memory of its own: behind it are zeros.
-struct Some {
-    alignas(32) uint8_t bytes[256];
-    Some(const uint8_t* p, int count) {
-        memset(bytes, 0, sizeof bytes);
-        memcpy(bytes, p, (size_t)count);
+// The chunk of each lane of a part.
+inline Ints lane_chunks(int part) {
+    return _mm256_add_epi32(_mm256_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13), _mm256_set1_epi32(2 * part));
+}
+// Which lanes count: those of the first `count` chunks. A codebook's have four words a chunk.
+struct There {
+    Floats lanes[PARTS];
+    There(int kind, int count) {
+        for (int part = 0; part < PARTS; part++) {
+            const Ints words = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+            const Ints chunks = kind == CODEBOOK ? _mm256_add_epi32(words, _mm256_set1_epi32(2 * part)) : lane_chunks(part);
+            lanes[part] = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), chunks));
+        }
     }
 };
+// Where a lane does not count, `a` may be anything, and `b` is finite.
+inline Floats fused_there(const There& there, int part, Floats a, Floats b, Floats c) {
+    return fused(_mm256_and_ps(a, there.lanes[part]), b, c);
+}
 
 inline __m128i load_16(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
 inline __m128i load_8(const uint8_t* p) { return _mm_loadl_epi64((const __m128i*)p); }
 inline __m128i load_4(const uint8_t* p) { int v; memcpy(&v, p, 4); return _mm_cvtsi32_si128(v); }
 
-// Lanes of a part: chunks 4 * j + 2 * part for j = 0 to 3, then those behind each of them.
-template <int N> inline void take_full(const uint8_t* p, int part, Ints* out) {
+// N integers a chunk, in the order of chunks, to the order of lanes: chunks 4 * j + 2 * part for j = 0 to 3, then those behind
+// each of them.
+template <int N> inline void take(const uint8_t* p, int part, Ints* out) {
     if constexpr (N == 4) {
         const uint8_t* first = p + 32 * part;
         const Ints a = load_ints(first), b = load_ints(first + 64), c = load_ints(first + 128), d = load_ints(first + 192);
@@ -72,20 +87,12 @@ template <int N> inline void take_full(const uint8_t* p, int part, Ints* out) {
         out[0] = _mm256_set_m128i(_mm_unpackhi_epi64(ab, cd), _mm_unpacklo_epi64(ab, cd));
     }
 }
-// N integers a chunk, in the order of chunks, to the order of lanes; reads those of `chunks` chunks.
-template <int N, bool TAIL> inline void take(const uint8_t* p, int chunks, int part, Ints* out) {
-    if constexpr (TAIL) take_full<N>(Some(p, 4 * N * chunks).bytes, part, out);
-    else take_full<N>(p, part, out);
-}
-inline Ints take_full_shorts(const uint8_t* p, int part) {
+// 16 bits a chunk.
+inline Ints take_shorts(const uint8_t* p, int part) {
     const uint8_t* first = p + 4 * part;
     const __m128i ab = _mm_unpacklo_epi16(load_4(first), load_4(first + 8));
     const __m128i cd = _mm_unpacklo_epi16(load_4(first + 16), load_4(first + 24));
     return _mm256_cvtepu16_epi32(_mm_unpacklo_epi32(ab, cd));
-}
-// 16 bits a chunk.
-template <bool TAIL> inline Ints take_shorts(const uint8_t* p, int chunks, int part) {
-    return TAIL ? take_full_shorts(Some(p, 2 * chunks).bytes, part) : take_full_shorts(p, part);
 }
 
 // Where lanes find what `ratio` chunks share: one of eight, or fewer.
@@ -95,8 +102,7 @@ struct Spread {
         int shift = 0;
         while (1 << shift < ratio) shift++;
         for (int part = 0; part < PARTS; part++)
-            lanes[part] = _mm256_srl_epi32(_mm256_add_epi32(_mm256_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13), _mm256_set1_epi32(2 * part)),
-                                           _mm_cvtsi32_si128(shift));
+            lanes[part] = _mm256_srl_epi32(lane_chunks(part), _mm_cvtsi32_si128(shift));
     }
 };
 // A scale and a zero a lane.
@@ -116,19 +122,16 @@ inline Ints spread_shorts(const Spread& spread, const uint8_t* p, int, int part)
     return _mm256_permutevar8x32_epi32(_mm256_cvtepu16_epi32(load_16(p)), spread.lanes[part]);
 }
 // UNITS pairs of halves a chunk, scale and zero, to a vector of scales and one of zeros for each unit.
-template <int UNITS, bool TAIL> inline void half_pairs(const uint8_t* p, int chunks, int part, Floats* scale, Floats* zero) {
+template <int UNITS> inline void half_pairs(const uint8_t* p, int part, Floats* scale, Floats* zero) {
     Ints pairs[UNITS];
-    take<UNITS, TAIL>(p, chunks, part, pairs);
+    take<UNITS>(p, part, pairs);
     for (int u = 0; u < UNITS; u++) widen(pairs[u], scale[u], zero[u]);
 }
 
-// For CODEBOOK: integers in their own order, a scale for each half of the lanes, and numbers by the codes' low four bits.
-template <bool TAIL> inline Ints load_words(const uint8_t* p, int count, int part) {
-    return TAIL && count <= WIDTH * part ? _mm256_setzero_si256() : load_ints(p + 32 * part);
-}
-inline Floats half_scales(const uint8_t* p, int count, int part) {
-    uint16_t half = 0;
-    if (part < count) memcpy(&half, p + 2 * part, 2);
+// For CODEBOOK: a scale for each half of the lanes, and numbers by the codes' low four bits.
+inline Floats half_scales(const uint8_t* p, int part) {
+    uint16_t half;
+    memcpy(&half, p + 2 * part, 2);
     return _mm256_cvtph_ps(_mm_set1_epi16((short)half));
 }
 struct Table {

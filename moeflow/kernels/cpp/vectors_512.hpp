@@ -3,6 +3,9 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
+
+#include "matrix.hpp"
 
 #define INLINED __attribute__((always_inline))
 #define UNROLLED _Pragma("GCC unroll 16")
@@ -13,7 +16,8 @@ namespace {
 using Ints = __m512i;
 using Floats = __m512;
 constexpr int WIDTH = 16, PARTS = 1;
-constexpr int MOST = 4;   // vectors that meet a block at once
+constexpr int ROWS = 2;   // that are computed together
+constexpr int MOST = 2;   // vectors that meet a block at once
 
 inline Floats all(float v) { return _mm512_set1_ps(v); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
@@ -40,25 +44,30 @@ inline Ints lane_chunks(int factor, int plus) {
     const Ints chunks = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_add_epi32(_mm512_mullo_epi32(chunks, _mm512_set1_epi32(factor)), _mm512_set1_epi32(plus));
 }
-// `count` integers from p on, where the vector at `place` of a row of them begins; behind them zeros.
-template <bool TAIL> inline Ints load_some(const uint8_t* p, int count, int place) {
-    if (!TAIL) return load_ints(p + 64 * place);
-    const int rest = count - 16 * place;
-    return _mm512_maskz_loadu_epi32(rest >= 16 ? 0xFFFF : rest <= 0 ? 0 : (1u << rest) - 1, p + 64 * place);
+
+// Which lanes count: those of the first `count` chunks. A codebook's have four words a chunk.
+struct There {
+    __mmask16 lanes;
+    There(int kind, int count)
+        : lanes(kind == CODEBOOK ? (__mmask16)((1u << 4 * count) - 1)
+                                 : _mm512_cmplt_epi32_mask(lane_chunks(1, 0), _mm512_set1_epi32(count))) {}
+};
+inline Floats fused_there(const There& there, int, Floats a, Floats b, Floats c) {
+    return _mm512_mask3_fmadd_ps(a, b, c, there.lanes);
 }
 
-// N integers a chunk, in the order of chunks, to the order of lanes; reads those of `chunks` chunks.
-template <int N, bool TAIL> inline void take(const uint8_t* p, int chunks, int, Ints* out) {
-    const Ints a = load_some<TAIL>(p, N * chunks, 0);
+// N integers a chunk, in the order of chunks, to the order of lanes.
+template <int N> inline void take(const uint8_t* p, int, Ints* out) {
+    const Ints a = load_ints(p);
     if constexpr (N == 1) {
         out[0] = _mm512_permutexvar_epi32(lane_chunks(1, 0), a);
         return;
     }
-    const Ints b = load_some<TAIL>(p, N * chunks, 1);
+    const Ints b = load_ints(p + 64);
     if constexpr (N == 2) {
         for (int i = 0; i < 2; i++) out[i] = _mm512_permutex2var_epi32(a, lane_chunks(2, i), b);
     } else if constexpr (N == 4) {
-        const Ints c = load_some<TAIL>(p, N * chunks, 2), d = load_some<TAIL>(p, N * chunks, 3);
+        const Ints c = load_ints(p + 128), d = load_ints(p + 192);
         const Ints ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
         const Ints ab2 = _mm512_unpackhi_epi32(a, b), cd2 = _mm512_unpackhi_epi32(c, d);
         out[0] = _mm512_unpacklo_epi64(ab, cd);
@@ -68,9 +77,8 @@ template <int N, bool TAIL> inline void take(const uint8_t* p, int chunks, int, 
     }
 }
 // 16 bits a chunk.
-template <bool TAIL> inline Ints take_shorts(const uint8_t* p, int chunks, int) {
-    const __m256i shorts = _mm256_maskz_loadu_epi16(TAIL ? (1u << chunks) - 1 : 0xFFFFu, p);
-    return _mm512_permutexvar_epi32(lane_chunks(1, 0), _mm512_cvtepu16_epi32(shorts));
+inline Ints take_shorts(const uint8_t* p, int) {
+    return _mm512_permutexvar_epi32(lane_chunks(1, 0), _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)));
 }
 
 // Where lanes find what `ratio` chunks share.
@@ -96,9 +104,9 @@ inline Ints spread_shorts(const Spread& spread, const uint8_t* p, int count, int
     return _mm512_permutexvar_epi32(spread.lanes, _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << count) - 1, p)));
 }
 // UNITS pairs of halves a chunk, scale and zero, to a vector of scales and one of zeros for each unit.
-template <int UNITS, bool TAIL> inline void half_pairs(const uint8_t* p, int chunks, int part, Floats* scale, Floats* zero) {
+template <int UNITS> inline void half_pairs(const uint8_t* p, int part, Floats* scale, Floats* zero) {
     if constexpr (UNITS < 4) {
-        const Ints a = load_some<TAIL>(p, UNITS * chunks, 0), b = UNITS == 1 ? a : load_some<TAIL>(p, UNITS * chunks, 1);
+        const Ints a = load_ints(p), b = UNITS == 1 ? a : load_ints(p + 64);
         for (int u = 0; u < UNITS; u++) {
             const __m256i low = _mm512_cvtepi32_epi16(lane_chunks(2 * UNITS, 2 * u));   // a constant
             const Ints at = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_add_epi16(low, _mm256_set1_epi16(1)), 1);
@@ -106,7 +114,7 @@ template <int UNITS, bool TAIL> inline void half_pairs(const uint8_t* p, int chu
         }
     } else {
         Ints pairs[4];
-        take<4, TAIL>(p, chunks, part, pairs);
+        take<4>(p, part, pairs);
         for (int u = 0; u < 4; u++) {
             scale[u] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs[u]));
             zero[u] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs[u], 16)));
@@ -114,12 +122,12 @@ template <int UNITS, bool TAIL> inline void half_pairs(const uint8_t* p, int chu
     }
 }
 
-// For CODEBOOK: integers in their own order, a scale for each half of the lanes, and numbers by the codes' low four bits.
-template <bool TAIL> inline Ints load_words(const uint8_t* p, int count, int) { return load_some<TAIL>(p, count, 0); }
-inline Floats half_scales(const uint8_t* p, int count, int) {
-    const __m256i pair = _mm256_broadcastd_epi32(_mm_maskz_loadu_epi16((1u << count) - 1, p));
+// For CODEBOOK: a scale for each half of the lanes, and numbers by the codes' low four bits.
+inline Floats half_scales(const uint8_t* p, int) {
+    int pair;
+    memcpy(&pair, p, 4);
     const __m256i places = _mm256_setr_epi32(0, 0, 0, 0, 0x00010001, 0x00010001, 0x00010001, 0x00010001);
-    return _mm512_cvtph_ps(_mm256_permutexvar_epi16(places, pair));
+    return _mm512_cvtph_ps(_mm256_permutexvar_epi16(places, _mm256_set1_epi32(pair)));
 }
 struct Table {
     Floats numbers;

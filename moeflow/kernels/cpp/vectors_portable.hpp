@@ -13,6 +13,7 @@ namespace moeflow {
 namespace {
 
 constexpr int WIDTH = 16, PARTS = 1;
+constexpr int ROWS = 1;   // that are computed together
 constexpr int MOST = 1;   // vectors that meet a block at once
 
 struct Ints { uint32_t at[WIDTH]; };
@@ -60,54 +61,54 @@ template <class T> inline T number_at(const uint8_t* p, int64_t index) {
     memcpy(&v, p + index * (int64_t)sizeof(T), sizeof(T));
     return v;
 }
-// N integers a chunk, in the order of chunks, to the order of lanes; reads those of `chunks` chunks.
-template <int N, bool TAIL> inline void take(const uint8_t* p, int chunks, int, Ints* out) {
-    for (int n = 0; n < N; n++)
-        out[n] = lanes<Ints>([=](int i) {
-            return !TAIL || chunk_of(i) < chunks ? number_at<uint32_t>(p, chunk_of(i) * N + n) : 0u;
-        });
+// Which lanes count: those of the first `count` chunks. A codebook's have four words a chunk.
+struct There {
+    int kind, count;
+    There(int kind, int count) : kind(kind), count(count) {}
+};
+inline Floats fused_there(const There& there, int, const Floats& a, const Floats& b, const Floats& c) {
+    return lanes<Floats>([&](int i) {
+        const int chunk = there.kind == CODEBOOK ? i / 4 : chunk_of(i);
+        return chunk < there.count ? __builtin_fmaf(a.at[i], b.at[i], c.at[i]) : c.at[i];
+    });
+}
+// N integers a chunk, in the order of chunks, to the order of lanes.
+template <int N> inline void take(const uint8_t* p, int, Ints* out) {
+    for (int n = 0; n < N; n++) out[n] = lanes<Ints>([=](int i) { return number_at<uint32_t>(p, chunk_of(i) * N + n); });
 }
 // 16 bits a chunk.
-template <bool TAIL> inline Ints take_shorts(const uint8_t* p, int chunks, int) {
-    return lanes<Ints>([=](int i) {
-        return (uint32_t)(!TAIL || chunk_of(i) < chunks ? number_at<uint16_t>(p, chunk_of(i)) : 0);
-    });
+inline Ints take_shorts(const uint8_t* p, int) {
+    return lanes<Ints>([=](int i) { return (uint32_t)number_at<uint16_t>(p, chunk_of(i)); });
 }
 // Where lanes find what `ratio` chunks share.
 struct Spread {
     int ratio;
     explicit Spread(int ratio) : ratio(ratio) {}
 };
-inline Ints spread_shorts(const Spread& spread, const uint8_t* p, int count, int) {
-    return lanes<Ints>([&](int i) {
-        const int at = chunk_of(i) / spread.ratio;
-        return (uint32_t)(at < count ? number_at<uint16_t>(p, at) : 0);
-    });
+inline Ints spread_shorts(const Spread& spread, const uint8_t* p, int, int) {
+    return lanes<Ints>([&](int i) { return (uint32_t)number_at<uint16_t>(p, chunk_of(i) / spread.ratio); });
 }
 inline void widen(const Ints& pairs, Floats& scale, Floats& zero) {
     scale = lanes<Floats>([&](int i) { return half_to_float((uint16_t)pairs.at[i]); });
     zero = lanes<Floats>([&](int i) { return half_to_float((uint16_t)(pairs.at[i] >> 16)); });
 }
-inline void spread_half_pairs(const Spread& spread, const uint8_t* p, int count, int, Floats& scale, Floats& zero) {
-    const Ints pairs = lanes<Ints>([&](int i) {
-        const int at = chunk_of(i) / spread.ratio;
-        return at < count ? number_at<uint32_t>(p, at) : 0u;
-    });
+inline void spread_half_pairs(const Spread& spread, const uint8_t* p, int, int, Floats& scale, Floats& zero) {
+    const Ints pairs = lanes<Ints>([&](int i) { return number_at<uint32_t>(p, chunk_of(i) / spread.ratio); });
     widen(pairs, scale, zero);
 }
 // UNITS pairs of halves a chunk, scale and zero, to a vector of scales and one of zeros for each unit.
-template <int UNITS, bool TAIL> inline void half_pairs(const uint8_t* p, int chunks, int part, Floats* scale, Floats* zero) {
+template <int UNITS> inline void half_pairs(const uint8_t* p, int part, Floats* scale, Floats* zero) {
     Ints pairs[UNITS];
-    take<UNITS, TAIL>(p, chunks, part, pairs);
+    take<UNITS>(p, part, pairs);
     for (int u = 0; u < UNITS; u++) widen(pairs[u], scale[u], zero[u]);
 }
 
-// For CODEBOOK: integers in their own order, a scale for each half of the lanes, and numbers by the codes' low four bits.
-template <bool TAIL> inline Ints load_words(const uint8_t* p, int count, int) {
-    return lanes<Ints>([=](int i) { return !TAIL || i < count ? number_at<uint32_t>(p, i) : 0u; });
+// For CODEBOOK: a scale for each half of the lanes, and numbers by the codes' low four bits.
+inline Ints load_ints(const uint8_t* p) {
+    return lanes<Ints>([=](int i) { return number_at<uint32_t>(p, i); });
 }
-inline Floats half_scales(const uint8_t* p, int count, int) {
-    return lanes<Floats>([=](int i) { return i / 8 < count ? half_to_float(number_at<uint16_t>(p, i / 8)) : 0.f; });
+inline Floats half_scales(const uint8_t* p, int) {
+    return lanes<Floats>([=](int i) { return half_to_float(number_at<uint16_t>(p, i / 8)); });
 }
 struct Table {
     const float* numbers;
