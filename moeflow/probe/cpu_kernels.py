@@ -25,8 +25,8 @@ from moeflow.schema import PackedMatrix
 __all__ = ["POOL", "Workers", "joint_rates", "passes_during", "product_rates"]
 
 POOL = 2 << 30
-"""Bytes of the matrices that take turns: several times what caches hold. A server's last level has 300 MiB: with 512 MiB
-products went at 1.3 times the memory's rate."""
+"""Bytes of the matrices that take turns: several times what caches hold. With a last level of 300 MiB, 512 MiB of them
+were read at 1.3 times the memory's rate."""
 PAGE = 4096
 TILE = 1 << 20
 COPIED = 256 << 20  # bytes of one copy
