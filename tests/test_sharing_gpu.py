@@ -64,7 +64,7 @@ def test_nf4_differs_by_a_rounding(tiny_checkpoint: Path, packed: Callable[..., 
 def test_a_crew_that_stalls_changes_no_bit(
     tiny_checkpoint: Path, packed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing_module, "PATIENCE", 2_000_000)
+    monkeypatch.setattr(sharing_module, "PATIENCE", 50_000_000)  # other processes may have the cores
     artifact, ids = packed(tiny_checkpoint, {"backend": "hqq", "bits": 2, "group_size": 64}), random_ids(48)
     with load(artifact, experts_per_layer=2, cpu_experts="off") as engine:
         expected = engine.logits(ids, chunk=1)

@@ -129,8 +129,8 @@ from moeflow.kernels.crew import Crew
 matrix = matrix_of("hqq 4 64", 4096, 1024)
 gemv, pool = CpuGemv(matrix), random_pool(matrix, 1)
 x, out, crew = gemv.prepare(torch.randn(1, 1024)), torch.zeros(1, matrix.rows), Crew(3)
-print("begun", flush=True)
 try:
+    print("begun", flush=True)
     while True:
         crew.run([gemv.job(pool[0], x, out)])
 except KeyboardInterrupt:
