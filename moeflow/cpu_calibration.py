@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+from torch import Tensor
+
 from moeflow.artifact.layout import expert_layout
 from moeflow.errors import DeviceError
 from moeflow.kernels.cpu import best_level
@@ -36,7 +38,7 @@ SCHEMES: tuple[Scheme, ...] = (
     BitsAndBytesScheme(format="int8"),
 )
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "vnni")  # as `kernels.cpu` counts them
-SHARE = 32  # of host memory: what matrices may take of it
+SHARE = 16  # of host memory: what matrices may take of it
 
 
 def calibrated_cpu(
@@ -53,10 +55,11 @@ def calibrated_cpu(
     matrices = {format_of(scheme): expert_layout(*SHAPE, scheme, "bfloat16").matrices[0] for scheme in SCHEMES}
     try:
         with contextlib.closing(crew(threads)) as workers:
-            found = cpu_kernels.product_rates(matrices, workers, pool, progress)
+            memory = cpu_kernels.numbers(pool)
+            found = cpu_kernels.product_rates(matrices, workers, memory, progress)
             joint, remark = None, ""
             if hardware.gpu and found:
-                joint, remark = _joint(next(iter(found)), matrices, workers, pool, progress)
+                joint, remark = _joint(next(iter(found)), matrices, workers, memory, progress)
     except DeviceError as error:
         return _remarked(hardware, f"the CPU's kernels are not measured: {str(error).partition(':')[0]}")
     if not found:
@@ -65,11 +68,11 @@ def calibrated_cpu(
 
 
 def _joint(
-    name: str, matrices: dict[str, PackedMatrix], workers: Crew, pool: int, progress: Progress
+    name: str, matrices: dict[str, PackedMatrix], workers: Crew, memory: Tensor, progress: Progress
 ) -> tuple[JointRates | None, str]:
     """Rates at once, or why there are none."""
     try:
-        rates = cpu_kernels.joint_rates(matrices[name], workers, pool, progress)
+        rates = cpu_kernels.joint_rates(matrices[name], workers, memory, progress)
     except DeviceError as error:
         return None, f"CPU and link at once are not measured: {str(error).partition(':')[0]}"
     if rates is None:

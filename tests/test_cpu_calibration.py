@@ -53,6 +53,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             raise asked["joint"]
         return asked["joint"]
 
+    monkeypatch.setattr(cpu_kernels, "numbers", lambda nbytes: nbytes)
     monkeypatch.setattr(cpu_kernels, "product_rates", products)
     monkeypatch.setattr(cpu_kernels, "joint_rates", joint)
     monkeypatch.setattr(cpu_calibration, "best_level", lambda: 3)
@@ -73,7 +74,7 @@ def test_products_of_every_format_are_measured_by_the_threads_of_plans(
     assert list(measured["matrices"]) == [format_of(scheme) for scheme in SCHEMES]
     assert set(measured["matrices"]) <= FORMATS
     assert measured["pool"] == cpu_kernels.POOL and measured["beside"] == "2-bit g64"
-    assert found.source("cpu.kernels").startswith("measured, moeflow probe, products over 2048 MiB by 15 ")
+    assert found.source("cpu.kernels").startswith("measured, moeflow probe, products over 3072 MiB by 15 ")
     assert found.spreads["cpu.kernels"] == 0.04
     found.save(tmp_path / "h.yaml")
     assert HardwareProfile.load(tmp_path / "h.yaml") == found
@@ -84,7 +85,7 @@ def test_without_a_gpu_all_cores_multiply_and_nothing_is_beside(measured: dict[s
     small = find_hardware("cpu-2-cores").model_copy(update={"ram": 8 << 30})
     found = calibrated_cpu(small, crew=FakeCrew)
     assert found.cpu.kernels and found.cpu.kernels.joint is None and found.cpu.kernels.threads == 2
-    assert "beside" not in measured and measured["pool"] == 256 << 20
+    assert "beside" not in measured and measured["pool"] == 512 << 20
     assert found.description == small.description
 
 

@@ -16,7 +16,9 @@ from moeflow.schema import Cpu, HardwareProfile
 
 __all__ = ["FORMATS", "HANDSHAKE", "CpuRates", "computes", "usual_threads"]
 
-HANDSHAKE = 20e-6  # until one side sees what the other has done; a layer with a miss takes two. Assumed
+# Of an exchange, besides its bytes: until each side sees what the other has done, and threads begin and end together.
+# A layer with a miss has two. Fitted to Mixtral's and Qwen3's rows on an H100's machine (docs/cost-model.md).
+HANDSHAKE = 40e-6
 UNMEASURED = 0.7  # of host memory's rate, for products of a format that nobody measured
 # Of each rate alone, while both read host memory: on an H100's machine 15 threads had 69 of 83 GB/s, copies 43 of 49.
 CPU_BESIDE, LINK_BESIDE = 0.83, 0.88

@@ -17,16 +17,17 @@ from moeflow.errors import DeviceError
 from moeflow.kernels.copy import RangeCopy
 from moeflow.kernels.cpu import CpuGemv, Job
 from moeflow.kernels.launcher import cuda_launcher
+from moeflow.kernels.pages import allocate
 from moeflow.probe.cuda import cuda_memory, event_timer, registered, wake
 from moeflow.probe.measurement import Measurement, repeat
 from moeflow.progress import Progress, silent
 from moeflow.schema import PackedMatrix
 
-__all__ = ["POOL", "Workers", "joint_rates", "passes_during", "product_rates"]
+__all__ = ["POOL", "Workers", "joint_rates", "numbers", "passes_during", "product_rates"]
 
-POOL = 2 << 30
-"""Bytes of the matrices that take turns: several times what caches hold. With a last level of 300 MiB, 512 MiB of them
-were read at 1.3 times the memory's rate."""
+POOL = 3 << 30
+"""Bytes of the matrices that take turns, more than caches hold: with a last level of 300 MiB, 512 MiB were read at 1.3
+times the memory's rate. A virtual machine may need a second for each GiB that was never used before."""
 PAGE = 4096
 TILE = 1 << 20
 COPIED = 256 << 20  # bytes of one copy
@@ -65,26 +66,28 @@ def _blob(matrix: PackedMatrix) -> int:
     return -(-max(segment.offset + segment.nbytes for segment in matrix.segments) // PAGE) * PAGE
 
 
-def _numbers(nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes] of bytes that are normal numbers as halves and as floats."""
-    tile = torch.randint(40, 60, (TILE,), dtype=torch.uint8)
-    memory = torch.empty(nbytes, dtype=torch.uint8)
-    for begin in range(0, nbytes, TILE):
-        part = memory[begin : begin + TILE]
-        part.copy_(tile[: len(part)])
+def numbers(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes], rounded up to tiles, of bytes that are normal numbers as halves and as floats; in huge pages."""
+    memory = allocate(-(-nbytes // TILE) * TILE)
+    memory.view(-1, TILE).copy_(torch.randint(40, 60, (TILE,), dtype=torch.uint8))
     return memory
 
 
 def product_rates(
-    matrices: Mapping[str, PackedMatrix], workers: Workers, pool: int = POOL, progress: Progress = silent
+    matrices: Mapping[str, PackedMatrix], workers: Workers, memory: torch.Tensor, progress: Progress = silent
 ) -> dict[str, Measurement]:
     """Packed bytes a second that `workers` multiply, by the names of `matrices`; those without a kernel are left out.
+
+    Args:
+        matrices: one of each format.
+        workers: who multiplies.
+        memory: from `numbers`; all formats read the same bytes.
+        progress: told of each measurement.
 
     Raises:
         DeviceError: the library of kernels is not there.
     """
     found = {}
-    memory = _numbers(max(pool, 2 * max(map(_blob, matrices.values()))))  # all formats read the same bytes
     for name, matrix in matrices.items():
         try:
             work = _Pass(matrix, workers, memory)
@@ -97,21 +100,21 @@ def product_rates(
 
 
 def joint_rates(
-    matrix: PackedMatrix, workers: Workers, pool: int = POOL, progress: Progress = silent
+    matrix: PackedMatrix, workers: Workers, memory: torch.Tensor, progress: Progress = silent
 ) -> tuple[float, float] | None:
     """Bytes a second of products and of copies to the first GPU, both at once; None where products outlast all copies.
 
     Raises:
         DeviceError: CUDA refused, the copy kernel does not run on this GPU, or the driver would not lock memory.
     """
-    launcher, nbytes = cuda_launcher(torch.device("cuda:0")), min(COPIED, pool)
+    launcher, nbytes = cuda_launcher(torch.device("cuda:0")), min(COPIED, len(memory))
     with cuda_memory(nbytes), registered(nbytes) as address:
         kernel, target = RangeCopy(launcher, torch.device("cuda:0")), torch.zeros(nbytes, dtype=torch.uint8, device=0)
 
         def copy(at: slice) -> None:
             kernel(address + at.start, target[at])
 
-        whole, work = slice(0, nbytes), _Pass(matrix, workers, _numbers(max(pool, 2 * _blob(matrix))))
+        whole, work = slice(0, nbytes), _Pass(matrix, workers, memory)
         wake(copy, nbytes)
         count = max(3, round(COPY_SECONDS / event_timer()(lambda: copy(whole))))
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

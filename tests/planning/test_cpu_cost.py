@@ -44,12 +44,12 @@ def test_misses_take_both_rates_at_once_and_two_handshakes() -> None:
     assert parts.experts == close(2 * (7.3333 + 4.6667) * US)
     # One miss in half of the layers, 3 MB at 18 GB/s; two in a quarter. The first product hides 7.33 us of each.
     assert parts.misses == close(2 * (0.5 * (166.667 - 7.333) + 0.25 * (333.333 - 7.333)) * US)
-    assert parts.cpu == close(2 * 2 * 20 * 0.75 * US)
+    assert parts.cpu == close(2 * 2 * 40 * 0.75 * US)
     assert parts.total == close(100 * US + parts.experts + parts.launches + parts.misses + parts.cpu)
     assert found.tokens_per_second == close(1 / parts.total)
     assert (found.missed_bytes, found.computed_bytes) == (2 * MB, 4 * MB)
     assert found.read_bytes == 95 * MB + 2 * 6 * MB - 4 * MB
-    assert found.assumed == ("handshakes of GPU and CPU, 20 us each",)
+    assert found.assumed == ("handshakes of GPU and CPU, 40 us each",)
 
 
 def test_guesses_leave_less_to_share() -> None:
@@ -64,7 +64,7 @@ def test_guesses_leave_less_to_share() -> None:
 
 def test_the_cpu_alone_computes_all_experts_at_its_own_rate() -> None:
     found = predicted(replace(PLAIN, slots=(0, 0), cpu=ALONE), box())
-    assert found.decode.cpu == close(2 * (6 * MB / (15 * GB) + 40 * US))
+    assert found.decode.cpu == close(2 * (6 * MB / (15 * GB) + 80 * US))
     assert (found.decode.misses, found.missed_bytes, found.hit_rate) == (0, 0, 0)
     assert found.decode.experts == close(2 * 2 * 2 * US)  # launches with nothing to read
     assert (found.computed_bytes, found.read_bytes) == (12 * MB, 95 * MB)
@@ -136,7 +136,7 @@ def test_what_nobody_measured_is_named() -> None:
         return list(rates(kernels, threads).assumed(["4-bit", "2-bit"], joint))
 
     both = KERNELS.model_copy(update={"products": {"4-bit": 15 * GB, "2-bit": 14 * GB}})
-    handshakes = "handshakes of GPU and CPU, 20 us each"
+    handshakes = "handshakes of GPU and CPU, 40 us each"
     assert said(both) == [handshakes]
     assert said(both, 2)[0] == "the CPU's products by 2 threads, from those measured with 1"
     assert said(KERNELS)[0] == "the CPU's products with 2-bit weights, as 0.7 of host memory's rate"

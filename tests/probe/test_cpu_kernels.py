@@ -12,7 +12,7 @@ from moeflow.artifact.layout import packed_matrix
 from moeflow.errors import DeviceError
 from moeflow.kernels.cpu import Job, best_level
 from moeflow.probe import cpu_kernels
-from moeflow.probe.cpu_kernels import passes_during, product_rates
+from moeflow.probe.cpu_kernels import numbers, passes_during, product_rates
 from moeflow.schema import HqqScheme, PackedMatrix
 
 POOL = 1 << 20
@@ -50,7 +50,7 @@ def test_all_matrices_of_the_pool_are_multiplied_in_every_pass(monkeypatch: pyte
     monkeypatch.setattr(cpu_kernels, "CpuGemv", FakeGemv)
     monkeypatch.setattr(cpu_kernels.time, "perf_counter", _clock(0.25))
     worker = Worker()
-    found = product_rates({"4-bit": matrix(4), "3-bit": matrix(3), "2-bit": matrix(2)}, worker, POOL)
+    found = product_rates({"4-bit": matrix(4), "3-bit": matrix(3), "2-bit": matrix(2)}, worker, numbers(POOL))
     assert list(found) == ["4-bit", "2-bit"], "those that have a kernel"
     for name, four in (("4-bit", True), ("2-bit", False)):
         own = sum(s.nbytes for s in matrix(4 if four else 2).segments)
@@ -70,7 +70,7 @@ def test_without_the_library_nothing_is_measured(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(cpu_kernels, "CpuGemv", missing)
     with pytest.raises(DeviceError, match="CPU kernels are off"):
-        product_rates({"4-bit": matrix(4)}, Worker(), POOL)
+        product_rates({"4-bit": matrix(4)}, Worker(), numbers(POOL))
 
 
 def test_passes_count_while_the_other_side_is_busy() -> None:
@@ -92,7 +92,7 @@ def test_the_real_kernels_have_a_rate() -> None:
                 gemv.run(job)
 
     gemv = CpuGemv(matrix(4))
-    found = product_rates({"4-bit": matrix(4)}, Alone(), POOL)
+    found = product_rates({"4-bit": matrix(4)}, Alone(), numbers(POOL))
     assert 1e7 < found["4-bit"].rate < 1e13
 
 
