@@ -121,7 +121,8 @@ def test_second_threads_of_cores_come_last(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 INTERRUPTED = """
-import torch, sys
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs tests in the background ignores it
 sys.path.insert(0, {tests!r})
 from gemv_checks import matrix_of, random_pool
 from moeflow.kernels.cpu import CpuGemv
@@ -147,5 +148,8 @@ def test_an_interruption_ends_the_process_while_threads_wait() -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == "begun\n"
     child.send_signal(signal.SIGINT)
-    output, _ = child.communicate(timeout=30)
+    try:
+        output, _ = child.communicate(timeout=30)
+    finally:
+        child.kill()
     assert output == "interrupted\n" and child.returncode == 0
