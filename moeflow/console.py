@@ -264,4 +264,7 @@ def show_stats(stats: Statistics) -> None:
     if decode.guesses:
         wrong = decode.guesses - decode.guesses_used
         line += f", guesses {decode.guesses_used} right and {max(0, wrong)} wrong"
-    err.print(f"[dim]{line}; {format_size(stats.bytes_per_token)} moved per token[/]")
+    line += f"; {format_size(stats.bytes_per_token)} moved per token"
+    if stats.computed_per_token:
+        line += f", {format_size(stats.computed_per_token)} computed by the CPU"
+    err.print(f"[dim]{line}[/]")

@@ -57,12 +57,18 @@ class Statistics:
         """Over the link, per decoded token."""
         return self.decode.moved_bytes / self.decode_steps if self.decode_steps else 0.0
 
+    @property
+    def computed_per_token(self) -> float:
+        """Bytes of weights that the CPU multiplied where they lay, per decoded token."""
+        return self.decode.computed_bytes / self.decode_steps if self.decode_steps else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, derived figures too, for `--json`."""
         derived = {
             "tokens_per_second": self.tokens_per_second,
             "hit_rate": self.decode.hit_rate,
             "bytes_per_token": self.bytes_per_token,
+            "computed_per_token": self.computed_per_token,
         }
         return {**asdict(self), **derived}
 
