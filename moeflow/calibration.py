@@ -21,27 +21,19 @@ from moeflow.artifact.architectures import architecture
 from moeflow.artifact.layout import expert_layout
 from moeflow.artifact.random_weights import RandomArtifact
 from moeflow.bench import Settings, run_rows
+from moeflow.cpu_calibration import SCHEMES
 from moeflow.kernels.gemv import Gemv, Jobs, Prepared
 from moeflow.kernels.launcher import CudaLauncher, cuda_launcher
 from moeflow.planning.rates import DENSE, PER_EXPERT, format_of
 from moeflow.planning.sizes import ModelSizes
 from moeflow.probe.cuda import event_timer
 from moeflow.progress import Progress, silent
-from moeflow.schema import BitsAndBytesScheme, BlobLayout, HardwareProfile, HqqScheme, Kernels, Product, Profile, Scheme
+from moeflow.schema import BlobLayout, HardwareProfile, Kernels, Product, Profile, Scheme
 
 __all__ = ["SCHEMES", "SHAPES", "SmallModel", "calibrated", "fitted", "graph_seconds", "layer_seconds", "product_times"]
 
 SHAPES = {"mixtral-8x7b": (4096, 14336, 2), "qwen3-30b-a3b": (2048, 768, 8)}
 """Hidden, intermediate and top-k of the models whose products are timed."""
-SCHEMES: tuple[Scheme, ...] = (
-    HqqScheme(bits=2, group_size=64),
-    HqqScheme(bits=3, group_size=64),
-    HqqScheme(bits=4, group_size=64),
-    HqqScheme(bits=8, group_size=64),
-    HqqScheme(bits=2, group_size=16, metadata_bits=8),
-    BitsAndBytesScheme(format="nf4"),
-    BitsAndBytesScheme(format="int8"),
-)
 POOL = 512 << 20  # bytes of the matrices that take turns: more than an L2 cache holds
 # Layers of a common model's attention and of experts next to nothing, at a prompt that attention reads in several
 # shares: with narrower ones and 32 tokens a layer took 23 us where whole models showed 34.

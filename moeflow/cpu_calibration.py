@@ -37,6 +37,7 @@ SCHEMES: tuple[Scheme, ...] = (
     BitsAndBytesScheme(format="nf4"),
     BitsAndBytesScheme(format="int8"),
 )
+"""Formats that are timed, here and on a GPU."""
 LEVELS: tuple[Level, ...] = ("portable", "avx2", "avx512", "vnni")  # as `kernels.cpu` counts them
 SHARE = 16  # of host memory: what matrices may take of it
 
