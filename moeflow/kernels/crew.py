@@ -164,8 +164,6 @@ class Crew:
         self._library = library()
         new = self._library.moeflow_crew_new
         new.restype = ctypes.c_void_p
-        for name in ("moeflow_crew_requests", "moeflow_crew_busy"):
-            getattr(self._library, name).restype = ctypes.c_int64
         started = threads if desk is not None else threads - 1
         # One core is left to whoever drives the device. Where a host's threads run is left to the system.
         cpus = processors(started, spare=1) if desk is not None else None
@@ -182,7 +180,7 @@ class Crew:
             )
         )
         if not self._crew:
-            raise DeviceError(f"the CPU computes nothing beside the GPU: no memory for {threads} threads")
+            raise DeviceError(f"there is no crew of {threads} threads: they are more than 1024, or memory is out")
         self.threads = int(self._library.moeflow_crew_threads(self._crew)) + (desk is None)
         if self.threads < threads:
             self.close()
@@ -207,12 +205,6 @@ class Crew:
     def settle(self, nanoseconds: int) -> bool:
         """Wait until nothing is under way, at most so long; whether it is so."""
         return not self._crew or bool(self._library.moeflow_crew_settle(self._crew, ctypes.c_int64(nanoseconds)))
-
-    def served(self) -> tuple[int, float]:
-        """Since the start, requests of the device that were answered, and the seconds that it took."""
-        if not self._crew:
-            return 0, 0.0
-        return self._library.moeflow_crew_requests(self._crew), self._library.moeflow_crew_busy(self._crew) * 1e-9
 
     def close(self) -> None:
         """End the threads; calling it again does nothing."""
