@@ -109,4 +109,4 @@ def products_of(manifest: Manifest, plan: Plan, device: torch.device) -> tuple[P
     try:
         return Products(plan.cpu, matrices, getattr(torch, plan.dtype)), None
     except DeviceError as error:
-        return None, f"torch multiplies in place of the CPU's kernels, several times slower: {error}"
+        return None, f"torch multiplies in place of the CPU's kernels, slower: {error}"
