@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import checkpoint_model, dequantized_model, greedy_of, logits_of
-from routes import assert_follows
+from routes import assert_follows, logits_by_equal_routers
 from test_engine import NONE, hqq, random_ids
 from tiny import FAMILIES
 
@@ -55,15 +55,16 @@ def test_sixteen_bits_like_transformers(
     """Routers, correction biases and norms are kept in the same dtypes; else other experts would be chosen.
 
     The median, because where two experts score nearly alike rounding decides, and a token that changes its expert is
-    another token. 16 bits round at 2**-8; three layers gave 2**-6 at most.
+    another token. Fourteen families gave transformers' very numbers; gpt_oss, of 60 prompts of 64 tokens, medians up
+    to 0.019, and of 16 tokens one above 2**-5 in some hundreds.
     """
     checkpoint = checkpoint_factory(family, layers=LAYERS)
-    ids = random_ids(16)
+    ids = random_ids(64)
     model = checkpoint_model(checkpoint, torch.bfloat16)
     with moeflow.load(packed(checkpoint, NONE), experts_per_layer=3, dtype="bfloat16") as engine:
         state, expected = engine._model.state_dict(), model.state_dict()
         assert {n: t.dtype for n, t in state.items()} == {n: expected[n].dtype for n in state}
-        found, wanted = engine.logits(ids), logits_of(model, ids)
+        (found, _), wanted = logits_by_equal_routers(engine, model, ids), logits_of(model, ids)
     difference = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     assert difference.median() < 2**-5
 

@@ -31,8 +31,9 @@ def test_a_router_asked_out_of_turn_chooses_what_it_chooses_in_turn(
         assert routers is not None
         assert len(seen) == len(routers)
         with torch.inference_mode():
-            for layer, [(hidden, index)] in seen.items():
-                assert torch.equal(routers[layer](hidden).sort(-1).values, index.sort(-1).values)
+            for layer, [routed] in seen.items():
+                chosen = routers[layer](routed.hidden).sort(-1).values
+                assert torch.equal(chosen, routed.index.sort(-1).values)
 
 
 @ANY_FAMILY
