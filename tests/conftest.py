@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from moeflow.engine import Engine
 
 CheckpointFactory = Callable[..., Path]
+
+SEED = "MOEFLOW_TEST_SEED"
+"""Of a run's random inputs. A failure shows it; given again, it repeats them."""
 
 # Matrices of 64 columns gain nothing from threads and lose much where the cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,6 +45,7 @@ def moe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, except one that torch raises while hqq is imported, as transformers' caches do."""
+    os.environ.setdefault(SEED, str(random.randrange(1 << 32)))  # for the processes too that share the tests
     ignored = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
     config.addinivalue_line("filterwarnings", ignored)
 
@@ -53,6 +60,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every run draws other inputs; a test draws the same ones alone as in a whole run."""
+    print(f"{SEED}={os.environ[SEED]}")
+    _seed(item)
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _seed(item)  # again: fixtures that tests share draw only where they are made
+
+
+def _seed(item: pytest.Item) -> None:
+    seed = zlib.crc32(f"{os.environ[SEED]} {item.nodeid}".encode())
+    random.seed(seed)
+    for name, function in (("numpy", "random.seed"), ("torch", "manual_seed")):
+        if name in sys.modules:  # tests of the control plane do without them
+            attrgetter(function)(sys.modules[name])(seed)
 
 
 @pytest.fixture(scope="session")

@@ -50,13 +50,6 @@ def _library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     cpu._functions.cache_clear()
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    seed = int(torch.seed() % (1 << 32))
-    torch.manual_seed(seed)
-    print("seed", seed)
-
-
 @contextmanager
 def guarded(nbytes: int) -> Iterator[Tensor]:
     """Memory that ends at the end of a page, whose neighbour cannot be read."""
