@@ -108,5 +108,8 @@ class RandomArtifact(Artifact):
             if name in packed:
                 continue
             tensor = torch.empty(self._checkpoint.tensors[stored].shape, dtype=dtypes[name], device=device)
-            dense[name] = tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(0.0, 0.02, generator=random)
+            if tensor.dim() == 1:
+                dense[name] = tensor.fill_(1.0)
+            else:  # numbers of 16 bits, as models are published, whatever computes with them
+                dense[name] = tensor.normal_(0.0, 0.02, generator=random).bfloat16().to(tensor.dtype)
         return dense, packed

@@ -1,8 +1,9 @@
 """Packed matrices times a few vectors on the CPU, without unpacking them first; and unpacked, for many vectors.
 
-Products of hqq's and int8's formats are `kernels.gemv`'s to the last bit (see cpp/matrix.hpp), those of nf4 are
-computed in float32. One call is one thread's work on a range of rows: Python's lock is free meanwhile, and who shares
-rows among threads is another's business. With one plane activations have 8 bits: half the work, and its own error.
+Products of hqq's and int8's formats are `kernels.gemv`'s to the last bit (see cpp/matrix.hpp); those of nf4, and of
+plain numbers of 16 bits, are sums in float32. One call is one thread's work on a range of rows: Python's lock is free
+meanwhile, and who shares rows among threads is another's business. With one plane quantized weights meet activations of
+8 bits: half the work, and its own error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ __all__ = ["LEVELS", "CpuGemv", "CpuVectors", "Job", "Matrix", "Sizes", "Vectors
 
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 VNNI")
 """Of instructions, as in cpp/matrix.hpp."""
-KINDS = {"AFFINE": 1, "SIGNED": 2, "CODEBOOK": 3}
+KINDS = {"DENSE": 0, "AFFINE": 1, "SIGNED": 2, "CODEBOOK": 3}
+NUMBERS = {"HALF": 1, "BFLOAT": 2}
+PLAIN_STEP = 32  # columns of plain numbers that are taken together
 LINE = 64  # bytes: where a vector's numbers begin
 
 
@@ -108,12 +111,13 @@ def best_level() -> int:
 
 
 def unsupported(matrix: PackedMatrix) -> str | None:
-    """Why these kernels cannot multiply this matrix, or None. Plain numbers are torch's business."""
+    """Why these kernels cannot multiply this matrix, or None. Numbers of 32 bits are torch's business."""
     form = Format.of(matrix)
-    if form.kind == "DENSE":
-        return f"{matrix.name} is not quantized"
-    if matrix.columns % form.chunk:
-        return f"{matrix.name} has {matrix.columns} inputs, not a multiple of {form.chunk} ({matrix.scheme.label})"
+    if form.dtype not in NUMBERS and form.kind == "DENSE":
+        return f"{matrix.name} is stored in {form.bits} bits"
+    step = PLAIN_STEP if form.kind == "DENSE" else form.chunk
+    if matrix.columns % step:
+        return f"{matrix.name} has {matrix.columns} inputs, not a multiple of {step} ({matrix.scheme.label})"
     return None
 
 
@@ -133,11 +137,14 @@ class CpuGemv:
         if reason := unsupported(matrix):
             raise DeviceError(reason)
         form = Format.of(matrix)
+        self.plain = form.kind == "DENSE"
+        """Whether the matrix is stored as numbers; there is nothing to unpack then."""
         self.matrix = matrix
         self.planes = planes
         self.level = best_level() if level is None else level
+        meta = NUMBERS[form.dtype] if self.plain else form.meta
         self.struct = Matrix(
-            KINDS[form.kind], form.bits, form.group, form.meta, matrix.rows, matrix.columns, *Format.offsets(matrix)
+            KINDS[form.kind], form.bits, form.group, meta, matrix.rows, matrix.columns, *Format.offsets(matrix)
         )
         self._functions = _functions()
         if not self._functions.moeflow_can_multiply(byref(self.struct), planes, self.level):
@@ -197,7 +204,7 @@ class CpuGemv:
     def unpack(
         self, blob: Tensor, dtype: torch.dtype, out: Tensor | None = None, begin: int = 0, end: int | None = None
     ) -> Tensor:
-        """Rows `begin` to `end` of the matrix as plain numbers, `kernels.dequantize`'s to the last bit.
+        """Rows `begin` to `end` of a quantized matrix as plain numbers, `kernels.dequantize`'s to the last bit.
 
         Returns:
             [N, K] of `dtype`: `out`, or a new tensor, in which nothing is written outside of the range.
@@ -206,7 +213,7 @@ class CpuGemv:
         end = rows if end is None else end
         if out is None:
             out = torch.empty(rows, columns, dtype=dtype)
-        assert out.shape == (rows, columns) and out.dtype == dtype and out.is_contiguous(), (
+        assert not self.plain and out.shape == (rows, columns) and out.dtype == dtype and out.is_contiguous(), (
             "out does not fit the matrix"
         )
         assert blob.is_contiguous() and blob.nbytes >= self._nbytes and 0 <= begin <= end <= rows

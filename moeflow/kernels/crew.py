@@ -53,8 +53,15 @@ class Answers:
 
     @classmethod
     def room(cls, matrices: Sequence[PackedMatrix], most: int, pinned: bool) -> Answers:
-        """For the largest of `matrices`."""
-        sizes = [CpuGemv(matrix).sizes for matrix in matrices]
+        """For the largest of `matrices`.
+
+        Raises:
+            DeviceError: a device lays out activations for quantized weights only.
+        """
+        gemvs = [CpuGemv(matrix) for matrix in matrices]
+        if plain := [gemv.matrix.name for gemv in gemvs if gemv.plain]:
+            raise DeviceError(f"{plain[0]} is not quantized")
+        sizes = [gemv.sizes for gemv in gemvs]
 
         def memory(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(most, -(-columns // 64) * 64, dtype=dtype, pin_memory=pinned)

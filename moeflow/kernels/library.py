@@ -14,7 +14,7 @@ from moeflow.errors import DeviceError
 
 __all__ = ["INTERFACE", "library", "why_not"]
 
-INTERFACE = 1  # moeflow_version() in cpp/
+INTERFACE = 2  # moeflow_version() in cpp/
 LIBRARY = Path(__file__).parent / "_cpu.so"
 
 # pip keeps the wheels that it builds, so without --no-cache-dir it would install the same again

@@ -28,6 +28,7 @@ from moeflow.model.fused import fuse
 from moeflow.model.fused_positions import fuse_positions
 from moeflow.model.kv import GrowingKv, KvCache, StaticKv, cache_argument, make_static
 from moeflow.model.linear import PackedLinear, merge, use_kernels, use_products
+from moeflow.model.plain_linear import keep_sixteen_bits
 from moeflow.model.products import products_of
 from moeflow.model.steps import Steps
 from moeflow.offload.cache import ExpertCache
@@ -95,6 +96,7 @@ class HostExecution:
         """Take the model that calls `runner`."""
         self._model = model
         if self.products is not None:
+            keep_sixteen_bits(model)
             use_products(model, self.products)
 
     def close(self) -> None:

@@ -96,7 +96,8 @@ class PackedLinear(nn.Module):
         """Multiply by the CPU's kernels from now on, where they serve."""
         if (gemv := products.gemv(self.matrix)) is not None:
             self._packed, self._linears, self._workspace = gemv, linears, products.workspace
-            self._unpackers = [CpuUnpacker(products, CpuGemv(block)) for block in self._blocks]
+            if not gemv.plain:
+                self._unpackers = [CpuUnpacker(products, CpuGemv(block)) for block in self._blocks]
 
     def move(self, matrix: PackedMatrix, blob: Tensor) -> None:
         """The same weight at another place."""

@@ -70,7 +70,7 @@ class Products:
     def unpacker(self, matrix: PackedMatrix) -> CpuUnpacker | None:
         """What unpacks a matrix, or None where no kernel does."""
         gemv = self.gemv(matrix)
-        return CpuUnpacker(self, gemv) if gemv is not None else None
+        return CpuUnpacker(self, gemv) if gemv is not None and not gemv.plain else None
 
     def unpack(self, gemv: CpuGemv, blob: Tensor, out: Tensor) -> None:
         """A matrix to `out` [N, K]."""

@@ -27,7 +27,7 @@ EXPORTED int32_t moeflow_multiply(const Job* job, int32_t level) {
 }
 
 // Of this interface: library.py has the same number.
-EXPORTED int32_t moeflow_version() { return 1; }
+EXPORTED int32_t moeflow_version() { return 2; }
 
 // 0, or 1 where there is no such level.
 EXPORTED int32_t moeflow_unpack(const Matrix* matrix, const uint8_t* blob, int32_t dtype, void* out, int64_t begin, int64_t end,

@@ -8,14 +8,14 @@
 
 namespace moeflow {
 
-enum Kind : int32_t { AFFINE = 1, SIGNED = 2, CODEBOOK = 3 };
+enum Kind : int32_t { PLAIN = 0, AFFINE = 1, SIGNED = 2, CODEBOOK = 3 };
 enum Number : int32_t { FLOAT = 0, HALF = 1, BFLOAT = 2 };   // as in kernels/gemv.py
 
 // Instructions that a kernel may use. A machine's best is the highest that it has.
 enum Level : int32_t { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, LEVELS = 4 };
 
 struct Matrix {
-    int32_t kind, bits, group, meta;
+    int32_t kind, bits, group, meta;            // meta of PLAIN: a Number, HALF or BFLOAT
     int64_t rows, columns;
     int64_t words, high, scales, steps, bias;   // bytes from the start of the blob; bias: -1 for none
 };
@@ -26,6 +26,7 @@ struct Matrix {
 // 4 * (l % 4) + l / 4, which is the order that a transposition of four vectors of words gives. Integer ((((block * 4 +
 // word) * FIELDS + field) * planes + plane) * 16 + lane holds four signed bytes, those that meet field `field` of word `word`
 // of the lane's chunk. Plane 0 is the high bytes, plane 1 the low ones; where planes is 1, numbers have 8 bits.
+// PLAIN: floats, in the order of columns.
 // CODEBOOK: floats. 16 words of codes make a block of 128 columns: number (block * 8 + field) * 16 + word.
 struct Vectors {
     const void* numbers;

@@ -86,12 +86,18 @@ void codebook_order(const Matrix& matrix, Number dtype, const void* x, int64_t a
 }   // namespace
 
 Sizes sizes_of(const Matrix& matrix, int32_t planes) {
+    if (matrix.kind == PLAIN) return {matrix.columns * 4, 0, 0};
     if (matrix.kind == CODEBOOK) return {(matrix.columns + 127) / 128 * 512, 0, 0};
     const Shape s(matrix);
     return {s.blocks * 4 * s.fields * planes * LANES * 4, s.blocks * LANES, s.blocks * s.units * LANES};
 }
 
 void prepare(const Matrix& matrix, Number dtype, const void* x, int64_t x_stride, const Vectors& vectors) {
+    if (matrix.kind == PLAIN) {
+        for (int v = 0; v < vectors.count; v++)
+            read(dtype, x, v * x_stride, (int)matrix.columns, (float*)((int8_t*)vectors.numbers + v * vectors.stride));
+        return;
+    }
     const Shape s(matrix);
     const Sizes sizes = sizes_of(matrix, vectors.planes);
     for (int v = 0; v < vectors.count; v++) {

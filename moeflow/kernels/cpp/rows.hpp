@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "block.hpp"
+#include "plain.hpp"
 
 namespace moeflow {
 namespace {
@@ -87,6 +88,10 @@ template <class T> void multiply(const Job& job) {
     else multiply_all(job, nullptr, some_rows<T, 1>);
 }
 
+template <Number DTYPE> void multiply_plain(const Job& job) {
+    multiply_all(job, MOST >= 2 ? some_plain_rows<DTYPE, 2> : nullptr, some_plain_rows<DTYPE, 1>);
+}
+
 template <int BITS, int PLANES> Multiply affine_of(int units) {
     constexpr int most = 8 / code_bits(BITS);   // groups of 16
     if (units == 1) return multiply<Form<AFFINE, BITS, 1, PLANES>>;
@@ -98,6 +103,7 @@ template <int BITS, int PLANES> Multiply affine_of(int units) {
 }
 
 template <int PLANES> Multiply kernel_of(const Matrix& m) {
+    if (m.kind == PLAIN) return m.bits != 16 || m.columns % STEP ? nullptr : m.meta == HALF ? multiply_plain<HALF> : multiply_plain<BFLOAT>;
     const int units = Shape(m).units;
     if (m.kind == SIGNED) return multiply<Form<SIGNED, 8, 1, PLANES>>;
     if (m.kind == CODEBOOK) return multiply<Form<CODEBOOK, 4, 1, 2>>;   // without planes

@@ -21,6 +21,10 @@ constexpr int MOST = 2;   // vectors that meet a block at once
 
 inline Floats all(float v) { return _mm256_set1_ps(v); }
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline Floats load_halves(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline Floats load_bfloats(const uint8_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
 inline Ints load_ints(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 inline Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }

@@ -21,6 +21,10 @@ constexpr int MOST = 2;   // vectors that meet a block at once
 
 inline Floats all(float v) { return _mm512_set1_ps(v); }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline Floats load_halves(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline Floats load_bfloats(const uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
 inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
 inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }

@@ -61,6 +61,12 @@ template <class T> inline T number_at(const uint8_t* p, int64_t index) {
     memcpy(&v, p + index * (int64_t)sizeof(T), sizeof(T));
     return v;
 }
+inline Floats load_halves(const uint8_t* p) {
+    return lanes<Floats>([=](int i) { return half_to_float(number_at<uint16_t>(p, i)); });
+}
+inline Floats load_bfloats(const uint8_t* p) {
+    return lanes<Floats>([=](int i) { return bfloat_to_float(number_at<uint16_t>(p, i)); });
+}
 // Which lanes count: those of the first `count` chunks. A codebook's have four words a chunk.
 struct There {
     int kind, count;
