@@ -22,6 +22,7 @@ from moeflow.engine import Engine
 from moeflow.errors import UsageError
 from moeflow.generation import Passes, Sampler
 from moeflow.kernels.launcher import Launcher
+from moeflow.model.linear import PackedLinear
 from moeflow.model.memory import release_memory
 from moeflow.model.routes import ForcedRoutes
 from moeflow.offload.routing import guesses, markov, recorded, uniform
@@ -183,7 +184,7 @@ def _row(artifact: Artifact, plan: Plan, settings: Settings, store: HostStore, h
             "wasted_bytes": wasted * per_token if guessing and wasted is not None else None,
             "streamed_bytes": decode.streamed_bytes * per_token,
             "computed_bytes": decode.computed_bytes * per_token if plan.cpu and execution == "device" else None,
-            "read_bytes": reads - decode.computed_bytes * per_token,
+            "read_bytes": reads - (decode.computed_bytes * per_token if execution == "device" else 0),
             "prefill_bytes": first_traffic.moved_bytes,
             "cold_prefill_bytes": cold_traffic.moved_bytes,
             "guesses": decode.guesses if guessing else None,
@@ -217,13 +218,12 @@ def _read_bytes(manifest: Manifest, engine: Engine) -> int:
     """Bytes that a token reads from device memory: its experts and all resident weights, of the embedding one row."""
     top_k, layers = manifest.model.top_k, enumerate(manifest.layers)
     experts = sum(top_k * manifest.starts(i)[-1] // entry.experts for i, entry in layers)  # of a mixed layer, the mean
-    packed = sum(s.nbytes for m in manifest.resident for s in m.segments)
     model = engine.model
-    parameters = {p.data_ptr(): p.nbytes for p in model.parameters()}  # tied ones once
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if embedding.data_ptr() != head.data_ptr():
-        del parameters[embedding.data_ptr()]
-    return experts + packed + int(sum(parameters.values()))
+    packed = sum(s.nbytes for m in model.modules() if isinstance(m, PackedLinear) for s in m.matrix.segments)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = any(parameter is embedding.weight for parameter in head.parameters())
+    plain = sum(p.nbytes for p in model.parameters() if tied or p is not embedding.weight)  # tied ones come once
+    return experts + packed + int(plain)
 
 
 def _routes(manifest: Manifest, plan: Plan, settings: Settings) -> Callable[[torch.device], ForcedRoutes] | None:

@@ -84,6 +84,20 @@ def test_compared_rows_differ_in_who_takes_the_experts_and_share_everything_else
     assert all(getattr(link, name) == getattr(both, name) for name in asked)
 
 
+@pytest.mark.parametrize("least", [1, 1 << 60])
+def test_a_host_reads_experts_where_they_lie_and_plain_layers_in_their_bits(
+    monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    monkeypatch.setattr("moeflow.model.plain_linear.LEAST", least)
+    source = artifact()
+    few = settings("host", experts_per_layer=0, tokens=4, warm_up=2, prompt=8)
+    [row] = run_rows(source, resolve_hardware("cpu-2-cores"), few)
+    linear = 3 * (2 * 64 * 64 + 2 * 64 * 32) + 64 * 100  # attention and head; an embedding's row is nothing
+    others = 3 * (2 * 64 + 8 * 64) + 64  # norms and routers
+    each = 2 if least == 1 and not row.note else 4  # there is a note where the kernels are missing
+    assert row.read_bytes == 6 * source.manifest.layouts[0].nbytes + linear * each + others * 4
+
+
 def test_limits_have_what_the_host_reads() -> None:
     limits = measure_limits()
     assert limits.host_read and limits.host_read == limits.memory_bandwidth  # without a GPU they are one

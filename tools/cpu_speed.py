@@ -22,7 +22,7 @@ from torch import Tensor
 from moeflow.artifact.layout import packed_matrix
 from moeflow.kernels import cpu
 from moeflow.probe.bandwidth import read_rate
-from moeflow.schema import BitsAndBytesScheme, HqqScheme, PackedMatrix, Scheme
+from moeflow.schema import BitsAndBytesScheme, DenseScheme, HqqScheme, PackedMatrix, Scheme
 
 ROWS, COLUMNS = 14336, 4096
 TOGETHER = 400 << 20  # bytes of all matrices of a format
@@ -36,6 +36,7 @@ FORMATS: dict[str, Scheme] = {
     "hqq 8 64": HqqScheme(bits=8),
     "int8": BitsAndBytesScheme(format="int8"),
     "nf4": BitsAndBytesScheme(format="nf4"),
+    "bfloat16": DenseScheme(),
 }
 
 
@@ -82,7 +83,7 @@ def blobs(matrix: PackedMatrix) -> list[Tensor]:
 
 
 def kernels(name: str, rate: float, most: int, level: int, planes: int, other: TorchInt4) -> None:
-    matrix = packed_matrix("m", ROWS, COLUMNS, FORMATS[name], "float32")
+    matrix = packed_matrix("m", ROWS, COLUMNS, FORMATS[name], "bfloat16")
     gemv = cpu.CpuGemv(matrix, planes, level)
     pool, x, out = blobs(matrix), gemv.prepare(torch.randn(1, COLUMNS)), torch.empty(1, ROWS)
     nbytes = sum(s.nbytes for s in matrix.segments)

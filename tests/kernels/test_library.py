@@ -58,7 +58,7 @@ def test_a_file_that_the_loader_refuses(place: Path) -> None:
 
 def test_a_library_of_another_kind(place: Path) -> None:
     shutil.copy(_ctypes.__file__, place)
-    refused("_cpu.so has interface None, and this moeflow needs 1")
+    refused(f"_cpu.so has interface None, and this moeflow needs {module.INTERFACE}")
 
 
 def test_it_is_opened_once(place: Path) -> None:
