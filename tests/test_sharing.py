@@ -49,18 +49,45 @@ def test_who_computes_a_row_changes_no_bit(tiny_checkpoint: Path, packed: Callab
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
-@pytest.mark.parametrize("share", ["all", "some", "other", "none"])
+@pytest.mark.parametrize("share", ["all", "some", "other", "more of down", "less of down", "none"])
 def test_no_split_changes_a_bit(tiny_checkpoint: Path, packed: Callable[..., Path], order: str, share: str) -> None:
-    artifact, ids = packed(tiny_checkpoint, hqq(4)), random_ids(16)
+    """Down begins in the piece that gate and up end in, and may be brought whole where their last rows are not."""
+    artifact, ids = packed(tiny_checkpoint, FORMATS["metadata of 8 bits"]), random_ids(16)
     with load(artifact, experts_per_layer=2) as engine:
         expected = engine.logits(ids, chunk=1)
-    ratios = {"all": 0, "some": ONE // 2, "other": ONE // 3, "none": ONE}
+    halves = {
+        "all": (0, 0), "some": (ONE // 2, ONE // 2), "other": (ONE // 3, ONE // 3),
+        "more of down": (ONE // 4, ONE * 6 // 10), "less of down": (ONE * 6 // 10, ONE // 4), "none": (ONE, ONE),
+    }  # fmt: skip
     with load(artifact, order, experts_per_layer=2, **SHARED) as engine:
         sharing = sharing_of(engine)
-        sharing.desk[RATIO:], sharing.desk[STEP] = ratios[share], 0
+        sharing.desk[RATIO::2], sharing.desk[RATIO + 1 :: 2] = halves[share]
+        sharing.desk[STEP] = 0
         assert torch.equal(engine.logits(ids, chunk=1), expected)
         assert (engine.traffic.computed_bytes > 0) == (share != "none")
         assert (engine.traffic.missed_bytes > 0) == (share != "all")
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_splits_of_any_kind_in_turns(
+    checkpoint_factory: Callable[..., Path], packed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Halves of several steps of rows, whose arrays begin anywhere in a piece; other ratios for every token."""
+    checkpoint = checkpoint_factory(hidden=128, intermediate=192)
+    artifact, ids = packed(checkpoint, FORMATS[name]), random_ids(24)
+    with load(artifact, experts_per_layer=2) as engine:
+        expected = engine.logits(ids, chunk=1)
+    with load(artifact, experts_per_layer=2, **SHARED) as engine:
+        sharing, before = sharing_of(engine), Sharing.begin
+
+        def begin(self: Sharing) -> None:
+            self.desk[RATIO:] = torch.randint(ONE + 1, (2 * CLASSES,))
+            before(self)
+
+        monkeypatch.setattr(Sharing, "begin", begin)
+        sharing.desk[STEP] = 0
+        assert torch.equal(engine.logits(ids, chunk=1), expected)
+        assert engine.traffic.computed_bytes > 0 and engine.traffic.missed_bytes > 0
 
 
 def test_no_slots_and_the_cpu_computes_all(tiny_checkpoint: Path, packed: Callable[..., Path]) -> None:

@@ -107,11 +107,11 @@ class Splits:
         pieces: tuple[int, int], counters: Tensor, defines: Mapping[str, int | str],
     ) -> None:  # fmt: skip
         """Copy what the link is to bring of one half, in the current stream."""
-        layout, cuts = self.layouts[layer], self._shares.view(SHARES, -1)[CUTS + half]
-        parts = self._parts[id(layout)][half]
+        layout, cuts = self.layouts[layer], self._shares.view(SHARES, -1)[CUTS:]
+        rows, parts = [matrix.rows for matrix in layout.matrices], self._parts[id(layout)][half]
         self.launcher.kernel("copy.cu", "copy_rows", defines)(
             (COPY_BLOCKS, 1, 1), COPY_THREADS, self.sources[layer], pool, pool.shape[1], jobs, job_count, progress,
-            *pieces, counters, cuts, layout.matrices[half].rows, parts, len(parts),
+            *pieces, counters, cuts[half], cuts[1 - half], rows[half], rows[1 - half], parts, len(parts),
         )  # fmt: skip
 
 

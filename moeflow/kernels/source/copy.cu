@@ -88,12 +88,13 @@ copy(const char* source, char* pool, long long nbytes, const int* jobs, const in
     }
 }
 
-// As `copy`, of jobs whose last rows somebody else computes: of job j the first cuts[j] rows of one half, which `rows` has. parts
-// [part_count, 2]: where each array of the half begins in a blob, and bytes of a row.
+// As `copy`, of jobs whose last rows somebody else computes: of job j the first cuts[j] rows of one half, which `rows` has, and
+// other_cuts[j] of other_rows of the other half. parts [part_count, 2]: where each array of the half begins in a blob, and bytes of
+// a row.
 extern "C" __global__ void __launch_bounds__(512, 2)
 copy_rows(const char* source, char* pool, long long nbytes, const int* jobs, const int* job_count, const int* progress,
-          long long first, long long last, long long* counters, const int* cuts, long long rows, const long long* parts,
-          long long part_count) {
+          long long first, long long last, long long* counters, const int* cuts, const int* other_cuts, long long rows,
+          long long other_rows, const long long* parts, long long part_count) {
     const int lane = threadIdx.x & 31;
     const int warp = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
     const int count = *job_count;
@@ -102,8 +103,9 @@ copy_rows(const char* source, char* pool, long long nbytes, const int* jobs, con
         const int guess = jobs[3 * j + 2];
         const char* from = source + jobs[3 * j] * nbytes;
         char* to = pool + jobs[3 * j + 1] * nbytes;
-        const bool all = cuts[j] == rows;
-        // No piece before it is asked for. A half's first rows may lie in a piece that the half before ends in.
+        // No piece before it is asked for. A half's first rows may lie in a piece that the half before ends in, which that one
+        // has copied only if both are brought whole.
+        const bool all = cuts[j] == rows && other_cuts[j] == other_rows;
         long long begin = all ? first : 0;
         const int done = guess < 0 ? 0 : progress[guess * WARPS + warp];
         if (first == 0) spared += done;
