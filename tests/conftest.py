@@ -8,7 +8,6 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,9 +74,10 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 def _seed(item: pytest.Item) -> None:
     seed = zlib.crc32(f"{os.environ[SEED]} {item.nodeid}".encode())
     random.seed(seed)
-    for name, function in (("numpy", "random.seed"), ("torch", "manual_seed")):
-        if name in sys.modules:  # tests of the control plane do without them
-            attrgetter(function)(sys.modules[name])(seed)
+    if numpy := sys.modules.get("numpy"):  # tests of the control plane do without these
+        numpy.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session")

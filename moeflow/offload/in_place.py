@@ -26,10 +26,6 @@ class InPlace:
         self._manifest, self._store, self._traffic = manifest, store, traffic
         self._nbytes = [sum(s.nbytes for m in y.matrices for s in m.segments) for y in manifest.layouts]
 
-    def has(self, layer: int, expert: int) -> bool:
-        """Whether an expert is computed where it lies."""
-        return expert < self._here[layer]
-
     def whole(self, layer: int) -> bool:
         """Whether all of a layer's are."""
         return self._here[layer] == self._manifest.layers[layer].experts

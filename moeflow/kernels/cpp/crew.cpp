@@ -276,7 +276,6 @@ void moeflow_crew_wake(Crew* crew) { wake(*crew); }
 // Whether requests are left unanswered.
 void moeflow_crew_pause(Crew* crew, int32_t paused) { crew->paused.store(paused != 0); }
 
-
 // Waits until no request is under way, at most so many nanoseconds; 1 if so.
 int32_t moeflow_crew_settle(Crew* crew, int64_t patience) {
     const int64_t begin = now();
