@@ -26,8 +26,9 @@ emulator = pytest.importorskip("emulator.launcher")
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="no g++")
 
 # Activations are rounded to 16-bit fixed point, a scale per chunk of 16 to 64: at most 1.6e-5 of the chunk's largest a
-# product. These models are 64 wide and random, which amplifies it: 38 prompts gave at most 4.1e-4 of the largest logit.
-BOUND = 1e-3
+# product. These models are 64 wide and random, which amplifies it: of 3,622 prompts of 24 tokens in test_overrides.py's
+# model, half differed by 3.5e-4 of the largest logit or more, one by 1.9e-3. A real fault is 0.1 to 1.
+BOUND = 5e-3
 NONE = {"experts": {"backend": "none"}, "attention": {"backend": "none"}}
 
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(why_not() is not None, reason="no library of CPU
 Packed = Callable[..., Path]
 HQQ = {"backend": "hqq", "bits": 4, "group_size": 32}
 ROUNDING = 1e-5  # of a product's norm, as in kernels/test_cpu.py
-KERNELS = 1e-3  # of the packed experts: as in families/test_forward.py
+KERNELS = 5e-3  # of the packed experts: as in families/test_forward.py
 
 
 @pytest.fixture(autouse=True)

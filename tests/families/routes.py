@@ -45,6 +45,8 @@ class Routed(NamedTuple):
         return Routed(*(part[:tokens] for part in self))
 
 
+APART = 0.02  # of the largest weight: further than rounding moves it
+
 Routes = dict[int, list[Routed]]
 """MoE layer -> what it was given at every step."""
 
@@ -139,7 +141,7 @@ def tokens_routed_alike(found: Routes, wanted: Routes, tokens: int, bound: float
     for layer in sorted(found):
         ours, theirs = (_joined(side[layer]).first(tokens) for side in (found, wanted))
         (index, weights), (reference, their_weights) = ours.by_expert(), theirs.by_expert()
-        apart = (weights - their_weights).abs() > 100 * bound * their_weights.abs().max()
+        apart = (weights - their_weights).abs() > APART * their_weights.abs().max()
         parted = ((index != reference) | apart).any(-1).nonzero()
         if len(parted):
             tokens = int(parted[0])

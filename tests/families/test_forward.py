@@ -16,7 +16,7 @@ from tiny import FAMILIES
 import moeflow
 
 LAYERS = 3  # enough for a dense layer, or another kind of attention, beside two that are alike
-KERNELS = 1e-3  # the CPU's take activations in 16-bit fixed point; as the device's in test_device_engine.py
+KERNELS = 5e-3  # the CPU's take activations in 16-bit fixed point; as the device's in test_device_engine.py
 ANY_FAMILY = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
